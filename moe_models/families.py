@@ -1,0 +1,159 @@
+"""What differs between HF MoE families, as data: one row per ``model_type``.
+
+Two layouts of the same weights meet here:
+
+- *module* layout, what transformers >= 5 holds in memory: all experts of a block in one tensor,
+  ``{prefix}.mlp.experts.gate_up_proj`` [E, 2F, D] (gate rows first, then up) and ``.down_proj`` [E, D, F];
+- *hub* layout, what checkpoints on disk use and what vLLM and older transformers read: one tensor per expert and
+  projection, e.g. ``{prefix}.block_sparse_moe.experts.3.w1.weight`` [F, D].
+
+DeepSpeed's AutoEP holds a third: ``{prefix}.mlp.experts.w1`` (gate), ``.w3`` (up) [E_local, F, D] and ``.w2`` (down)
+[E_local, D, F] on each rank, and the router as ``{prefix}.mlp.router.gate.weight``. Its names are the same for every
+family, because AutoEP builds the block from its own class.
+
+The table was checked against transformers 5.20.2; ``tests/test_families.py`` compares it with what
+``save_pretrained`` writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+EXPERT_PROJECTIONS = ("gate", "up", "down")
+"""The three matrices of a SwiGLU expert: down(silu(gate(x)) * up(x))."""
+
+AUTOEP_EXPERT_NAMES = {"gate": "w1", "down": "w2", "up": "w3"}
+"""Names AutoEP gives the three stacked expert weights, after ``{block}.experts.``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the MoE blocks of one HF ``model_type`` sit and what their tensors are called."""
+
+    model_type: str
+    num_experts_key: str
+    """Key of the expert count E in config.json."""
+    expert_size_key: str
+    """Key of the expert FFN size F in config.json."""
+    autoep_preset: str | None
+    """DeepSpeed's preset name, or None where ``autoep_keys`` describe the block instead."""
+    autoep_keys: Mapping[str, Any] | None = None
+    """``expert_parallel`` keys for a family that DeepSpeed has no preset for."""
+    hub_block: str = "mlp"
+    """Name of the MoE block in the hub layout; it is ``mlp`` in every module layout."""
+    hub_expert_names: Mapping[str, str]
+    """Hub name of each expert projection, after ``{block}.experts.{e}.`` and before ``.weight``."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """AutoEP name -> module name inside the block, beyond router and experts (they differ for shared experts)."""
+    returns_aux_loss: bool = True
+    """Whether the HF class returns ``aux_loss`` (DeepSeek's do not: they balance by bias or not at all)."""
+
+    def num_experts(self, config: Mapping[str, Any]) -> int:
+        """Expert count E of a model with this ``config.json``."""
+        return int(config[self.num_experts_key])
+
+    def module_to_hub(self, name: str) -> str:
+        """Hub name of a tensor that is not an expert weight."""
+        if self.hub_block == "mlp":
+            return name
+        return re.sub(r"^(model\.layers\.\d+)\.mlp\.", rf"\1.{self.hub_block}.", name)
+
+    def hub_expert(self, block: str, expert: int, projection: str) -> str:
+        """Hub name of one expert matrix; ``block`` is the module path, e.g. ``model.layers.0.mlp``."""
+        hub_block = self.module_to_hub(block + ".")
+        return f"{hub_block}experts.{expert}.{self.hub_expert_names[projection]}.weight"
+
+    def autoep_to_module(self, name: str) -> str:
+        """Module name of an AutoEP tensor that is not an expert weight (router, shared experts)."""
+        name = re.sub(r"\.mlp\.router\.gate\.(weight|bias)$", r".mlp.gate.\1", name)
+        name = re.sub(r"\.mlp\.router\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias", name)
+        for autoep, module in self.renames:
+            name = name.replace(f".mlp.{autoep}.", f".mlp.{module}.")
+        return name
+
+
+_PROJ = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            model_type="mixtral",  # arXiv 2401.04088
+            num_experts_key="num_local_experts",
+            expert_size_key="intermediate_size",
+            autoep_preset="mixtral",
+            hub_block="block_sparse_moe",
+            hub_expert_names={"gate": "w1", "up": "w3", "down": "w2"},
+        ),
+        Family(
+            model_type="qwen2_moe",
+            num_experts_key="num_experts",
+            expert_size_key="moe_intermediate_size",
+            autoep_preset="qwen3_moe",
+            hub_expert_names=_PROJ,
+            renames=(("shared_experts_gate", "shared_expert_gate"), ("shared_experts", "shared_expert")),
+        ),
+        Family(
+            model_type="qwen3_moe",  # arXiv 2505.09388
+            num_experts_key="num_experts",
+            expert_size_key="moe_intermediate_size",
+            autoep_preset="qwen3_moe",
+            hub_expert_names=_PROJ,
+        ),
+        Family(
+            model_type="olmoe",  # arXiv 2409.02060
+            num_experts_key="num_experts",
+            expert_size_key="intermediate_size",
+            autoep_preset=None,
+            autoep_keys={
+                "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
+                "router_pattern": "gate",
+                "expert_pattern": "experts",
+                "expert_w1": "gate_up_proj",
+                "expert_w2": "down_proj",
+                "expert_w3": None,
+                "num_experts_attr": "num_experts",
+                "top_k_attr": "num_experts_per_tok",
+                "score_func": "softmax",
+                "score_apply": "post",
+            },
+            hub_expert_names=_PROJ,
+        ),
+        Family(
+            model_type="deepseek_v2",  # arXiv 2405.04434
+            num_experts_key="n_routed_experts",
+            expert_size_key="moe_intermediate_size",
+            autoep_preset="deepseek_v2",
+            hub_expert_names=_PROJ,
+            returns_aux_loss=False,
+        ),
+        Family(
+            model_type="deepseek_v3",  # arXiv 2412.19437
+            num_experts_key="n_routed_experts",
+            expert_size_key="moe_intermediate_size",
+            autoep_preset="deepseek_v3",
+            hub_expert_names=_PROJ,
+            returns_aux_loss=False,
+        ),
+    )
+}
+
+
+def is_moe_layer(family: Family, config: Mapping[str, Any], layer: int) -> bool:
+    """Whether decoder layer ``layer`` holds an MoE block (families mix dense and MoE layers in different ways)."""
+    if family.model_type in ("deepseek_v2", "deepseek_v3"):
+        return layer >= int(config.get("first_k_dense_replace", 0))
+    if family.model_type in ("qwen2_moe", "qwen3_moe"):
+        step = int(config.get("decoder_sparse_step", 1))
+        return layer not in (config.get("mlp_only_layers") or []) and (layer + 1) % step == 0
+    return True
+
+
+def moe_blocks(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
+    """Module paths of the MoE blocks that a model with this ``config.json`` has, in order."""
+    for layer in range(int(config["num_hidden_layers"])):
+        if is_moe_layer(family, config, layer):
+            yield f"model.layers.{layer}.mlp"
