@@ -48,17 +48,17 @@ def size_problems(
             f"{names.get('tp_size', 'tp_size')} = {tp_size} and {names.get('sp_size', 'sp_size')} = {sp_size}: "
             "DeepSpeed takes tensor or sequence parallelism, not both; set one of them to 1"
         )
+    ranks = f"world size {world_size}"
     if world_size % pp:
-        return [
-            *problems,
-            f"{names.get('pp', 'pp')} = {pp} does not divide {world_size} ranks; use {divisors(world_size)}",
-        ]
+        return [*problems, f"{names.get('pp', 'pp')} = {pp} does not divide the {ranks}; use {divisors(world_size)}"]
     stage = world_size // pp
+    if pp > 1:
+        ranks = f"{stage} ranks of a pipeline stage"
     for name in ("tp_size", "sp_size", "ep_size"):
         if stage % sizes[name]:
             problems.append(
-                f"{names.get(name, name)} = {sizes[name]} does not divide {stage} ranks; use one of {divisors(stage)}, "
-                f"or start a multiple of {sizes[name]} ranks"
+                f"{names.get(name, name)} = {sizes[name]} does not divide the {ranks}; use one of {divisors(stage)}, or "
+                f"start a multiple of {sizes[name]} ranks"
             )
     return problems
 

@@ -103,12 +103,15 @@ def test_describe(layout: Layout, zero: int, line: str) -> None:
     [
         (
             {"world_size": 6, "ep_size": 4},
-            "ep_size = 4 does not divide 6 ranks; use one of [1, 2, 3, 6], or start a multi",
+            "ep_size = 4 does not divide the world size 6; use one of [1, 2, 3, 6], or start a ",
         ),
-        ({"world_size": 8, "ep_size": 2, "tp_size": 3}, "tp_size = 3 does not divide 8 ranks; use one of [1, 2, 4, 8]"),
-        ({"world_size": 8, "ep_size": 2, "sp_size": 5}, "sp_size = 5 does not divide 8 ranks"),
-        ({"world_size": 8, "ep_size": 2, "pp": 3}, "pp = 3 does not divide 8 ranks; use [1, 2, 4, 8]"),
-        ({"world_size": 8, "ep_size": 8, "pp": 2}, "ep_size = 8 does not divide 4 ranks"),
+        (
+            {"world_size": 8, "ep_size": 2, "tp_size": 3},
+            "tp_size = 3 does not divide the world size 8; use one of [1, 2, 4, 8]",
+        ),
+        ({"world_size": 8, "ep_size": 2, "sp_size": 5}, "sp_size = 5 does not divide the world size 8"),
+        ({"world_size": 8, "ep_size": 2, "pp": 3}, "pp = 3 does not divide the world size 8; use [1, 2, 4, 8]"),
+        ({"world_size": 8, "ep_size": 8, "pp": 2}, "ep_size = 8 does not divide the 4 ranks of a pipeline stage"),
         ({"world_size": 0, "ep_size": 1}, "world_size = 0: must be at least 1"),
         (
             {"world_size": 8, "ep_size": 2, "tp_size": 2, "sp_size": 2},
@@ -125,7 +128,7 @@ def test_sizes_that_do_not_fit(arguments: dict[str, int], line: str) -> None:
 def test_every_size_problem_at_once_in_the_callers_words() -> None:
     problems = size_problems(8, 3, 5, names={"ep_size": "expert_parallel.autoep_size"})
     assert len(problems) == 2
-    assert problems[1].startswith("expert_parallel.autoep_size = 3 does not divide 8 ranks")
+    assert problems[1].startswith("expert_parallel.autoep_size = 3 does not divide the world size 8")
 
 
 def test_out_of_range() -> None:

@@ -1,0 +1,271 @@
+"""Everything that can be known to be wrong before a weight is read: from the JSON, config.json and the world size.
+
+DeepSpeed makes most of these checks too, but inside ``deepspeed.initialize``: on every rank, with a traceback, one at a
+time, after the model was loaded. Each line here names the key, its value, what is allowed and the mend. Sources, all of
+deepspeed 0.19.8: ``module_inject/auto_ep_config.py`` (``validate_autoep_config``, ``validate_autoep_post_detection``),
+``module_inject/auto_ep_folding.py`` (``validate_folding_global``), ``runtime/engine.py``
+(``_validate_zero3_moe_compatibility``), ``runtime/zero/stage_1_and_2.py`` (``_configure_moe_settings``).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_models.config import DsConfig
+from moe_models.ds_schema import ExpertParallel, show
+from moe_models.families import FAMILIES, Family, moe_blocks
+from moe_models.inputs import check_dataset_path, check_output_dir, read_model_config
+from moe_models.layout import divisors, size_problems
+
+__all__ = ["check_dataset_path", "check_output_dir", "check_run", "read_model_config", "warnings_for_run"]
+
+TESTED_DEEPSPEED = ("0.19.8",)
+"""DeepSpeed versions the tests ran with."""
+TESTED_TRANSFORMERS = ("5.17.0", "5.20.2")
+"""transformers versions AutoEP was run with."""
+_EXPERT_COUNT_KEYS = {family.num_experts_key for family in FAMILIES.values()} | {"moe_num_experts", "num_moe_experts"}
+_SIZE_NAMES = {
+    "ep_size": "expert_parallel.autoep_size",
+    "tp_size": "tensor_parallel.autotp_size",
+    "sp_size": "sequence_parallel_size",
+}
+
+
+def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) -> list[str]:
+    """All known reasons why this ds_config, this model and this number of ranks cannot train together.
+
+    ``model_config`` is the model's ``config.json``. Neither weights nor torch are needed.
+    """
+    problems = size_problems(world_size, ds.ep_size, ds.tp_size, ds.sp_size, names=_SIZE_NAMES)
+    problems += _batch_problems(ds, world_size)
+    problems += _zero_problems(ds)
+    if ds.expert_parallel is not None:
+        problems += _model_problems(ds.expert_parallel, model_config, world_size)
+        problems += _autoep_zero_problems(ds)
+        problems += _autoep_combination_problems(ds, ds.expert_parallel)
+        problems += _version_problems()
+    return problems
+
+
+def warnings_for_run(
+    ds: DsConfig, model_config: Mapping[str, Any], world_size: int, gpus_per_node: int | None = None
+) -> list[str]:
+    """One line for each thing that works but is probably not meant, or that nobody has tested."""
+    if ds.expert_parallel is None:
+        return []
+    ep, lines = ds.ep_size, []
+    if ep == 1:
+        lines.append(
+            "expert_parallel.autoep_size = 1: every rank holds all experts and no token is exchanged; raise it, or "
+            "remove expert_parallel"
+        )
+    if gpus_per_node and world_size > gpus_per_node and gpus_per_node % ep:
+        inside = [size for size in divisors(gpus_per_node) if size <= ep]
+        lines.append(
+            f"expert_parallel.autoep_size = {ep}: EP groups cross nodes of {gpus_per_node} GPUs, so every MoE layer's "
+            f"dispatch and combine go over the network; inside a node: {inside}"
+        )
+    top_k, own = ds.expert_parallel.top_k, model_config.get("num_experts_per_tok")
+    if top_k != "auto" and own is not None and top_k != own:
+        lines.append(
+            f"expert_parallel.top_k = {top_k} replaces the model's num_experts_per_tok = {own}, also in evaluation; "
+            "the exported config.json keeps its own"
+        )
+    for package, tested in (("deepspeed", TESTED_DEEPSPEED), ("transformers", TESTED_TRANSFORMERS)):
+        version = installed_version(package)
+        if version is not None and version not in tested:
+            lines.append(f"{package} {version} is untested with expert_parallel; tested: {', '.join(tested)}")
+    return lines
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, from its metadata (nothing is imported), or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _batch_problems(ds: DsConfig, world_size: int) -> Iterator[str]:
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    train, micro, steps = (ds.raw.get(key) for key in keys)
+    if isinstance(train, int) and isinstance(micro, int) and isinstance(steps, int):
+        replicas = max(1, world_size // (ds.tp_size * ds.sp_size))
+        if train != micro * steps * replicas:
+            yield (
+                f"train_batch_size = {train}: must be micro batch {micro} x accumulation {steps} x {replicas} "
+                f'data-parallel ranks = {micro * steps * replicas}; write "auto" to have it computed'
+            )
+
+
+def _zero_problems(ds: DsConfig) -> Iterator[str]:
+    """What DeepSpeed refuses under ZeRO with or without experts."""
+    zero = ds.raw.get("zero_optimization", {})
+    if zero.get("legacy_stage1"):
+        yield "zero_optimization.legacy_stage1 = true: DeepSpeed no longer has it; remove the key"
+    if ds.zero_stage == 3 and zero.get("elastic_checkpoint"):
+        yield "zero_optimization.elastic_checkpoint = true: not supported with stage 3; remove the key"
+    if ds.zero_stage == 3 and zero.get("reduce_scatter", True):
+        for key, needed in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+            if ds.raw.get(key, needed) != needed:
+                yield f"{key} = {show(ds.raw[key])}: must be {show(needed)} with ZeRO stage 3; remove the key"
+    if ds.zero_stage == 3 and ds.raw.get("gradient_allreduce_op") == "sum":
+        yield 'gradient_allreduce_op = "sum": not supported with ZeRO stage 3; remove the key'
+
+
+def _model_problems(experts: ExpertParallel, config: Mapping[str, Any], world_size: int) -> Iterator[str]:
+    model_type = config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    known = ", ".join(sorted(FAMILIES))
+    if family is None:
+        if not _EXPERT_COUNT_KEYS & set(config):
+            yield (
+                f"expert_parallel with a dense model (model_type = {show(model_type)}): there are no experts to "
+                "spread; make a MoE of it first (recipes/upcycle.py), or remove expert_parallel (ds_configs/zero3.json)"
+            )
+        else:
+            yield (
+                f"model_type = {show(model_type)}: expert_parallel knows {known}; for another MoE family add a row to "
+                "moe_models/families.py, or remove expert_parallel (ds_configs/zero3.json)"
+            )
+        return
+    count = config.get(family.num_experts_key)
+    if type(count) is not int or count < 1:
+        yield f"config.json: {family.num_experts_key} = {show(count)}: must be the number of experts, at least 1"
+        return
+    if not list(moe_blocks(family, config)):
+        yield f"config.json: model_type = {show(model_type)}, but no layer is an MoE layer; remove expert_parallel"
+    if count % experts.autoep_size:
+        both = [size for size in divisors(count) if world_size % size == 0]
+        yield (
+            f"expert_parallel.autoep_size = {experts.autoep_size} does not divide the model's {count} experts; with "
+            f"{world_size} ranks use one of {both}"
+        )
+    yield from _routing_problems(experts, config, count)
+    yield from _preset_problems(experts, family)
+
+
+def _routing_problems(experts: ExpertParallel, config: Mapping[str, Any], count: int) -> Iterator[str]:
+    if experts.top_k != "auto" and not 1 <= experts.top_k <= count:
+        yield f'expert_parallel.top_k = {experts.top_k}: must be 1 to {count} (the experts), or "auto" for the model\'s'
+    groups = experts.num_expert_groups or config.get("n_group")
+    limited = experts.num_limited_groups or config.get("topk_group")
+    if (groups is None) != (limited is None):
+        there, missing = ("num_expert_groups", "num_limited_groups")[:: 1 if limited is None else -1]
+        yield f"expert_parallel.{there} needs {missing} beside it; set both or none"
+    elif groups is not None and limited is not None:
+        if count % groups:
+            yield (
+                f"expert_parallel.num_expert_groups = {groups} does not divide the model's {count} experts; use one of "
+                f"{divisors(count)}"
+            )
+        if limited > groups:
+            yield f"expert_parallel.num_limited_groups = {limited}: must be 1 to {groups} (num_expert_groups)"
+
+
+def _preset_problems(experts: ExpertParallel, family: Family) -> Iterator[str]:
+    if experts.preset_model is not None and experts.preset_model != family.autoep_preset:
+        right = "has no preset of its own" if family.autoep_preset is None else f"takes {show(family.autoep_preset)}"
+        yield (
+            f"expert_parallel.preset_model = {show(experts.preset_model)}: model_type {show(family.model_type)} "
+            f"{right}; remove the key, it is filled in from the model"
+        )
+
+
+def _autoep_zero_problems(ds: DsConfig) -> list[str]:
+    """AutoEP with each ZeRO stage, and with the optimizer."""
+    zero = ds.raw.get("zero_optimization", {})
+    stage, key = ds.zero_stage, "zero_optimization."
+    hpz = zero.get("zero_hpz_partition_size", 1)
+    rules = (
+        (
+            stage == 0,
+            "expert_parallel with zero_optimization.stage = 0: DeepSpeed 0.19.8 then clips with a wrong gradient norm "
+            "(3.8% too low in fp32, without the experts in bf16); set stage to 1, 2 or 3",
+        ),
+        (
+            not isinstance(ds.raw.get("optimizer"), dict),
+            "expert_parallel without an optimizer section: DeepSpeed marks expert parameters for their own reduction "
+            "only in an optimizer that it builds; copy the optimizer section of ds_configs/zero1_ep2.json",
+        ),
+        (
+            stage in (1, 2) and not zero.get("reduce_scatter", True),
+            f"{key}reduce_scatter = false: must be true with expert_parallel at stage 1 or 2; remove the key",
+        ),
+        (
+            stage == 2 and not zero.get("contiguous_gradients", True),
+            f"{key}contiguous_gradients = false: must be true with expert_parallel at stage 2; remove the key",
+        ),
+        (
+            stage == 3 and ds.sp_size > 1,
+            f"sequence_parallel_size = {ds.sp_size}: not supported with expert_parallel at ZeRO stage 3; use stage "
+            "1 or 2, or set it to 1",
+        ),
+        (
+            stage == 3 and bool(zero.get("zero_quantized_gradients")),
+            f"{key}zero_quantized_gradients = true: not supported with expert_parallel at stage 3; remove the key",
+        ),
+        (
+            stage == 3 and hpz > 1,
+            f"{key}zero_hpz_partition_size = {hpz}: hpZeRO is not supported with expert_parallel; remove the key",
+        ),
+    )
+    return [line for wrong, line in rules if wrong]
+
+
+def _autoep_combination_problems(ds: DsConfig, experts: ExpertParallel) -> list[str]:
+    """AutoEP with other sections of the JSON, tensor parallelism above all."""
+    tensor, zero = ds.raw.get("tensor_parallel", {}), ds.raw.get("zero_optimization", {})
+    presets = [tensor.get("preset_model"), experts.preset_model]
+    offload = [
+        key for key in ("offload_optimizer", "offload_param") if (zero.get(key) or {}).get("device", "none") != "none"
+    ]
+    tp = ds.tp_size > 1
+    both = f"tensor_parallel.autotp_size = {ds.tp_size} and expert_parallel"
+    no = "not supported together;"
+    rules = (
+        (
+            bool(ds.raw.get("use_data_before_expert_parallelism")),
+            "use_data_before_expert_parallelism = true: spreads each EP group over the whole machine instead of "
+            "neighbouring ranks, which nothing in this package expects; remove the key",
+        ),
+        (
+            None not in presets and presets[0] != presets[1],
+            f"tensor_parallel.preset_model = {show(presets[0])} and expert_parallel.preset_model = {show(presets[1])} "
+            "must be the same; remove one of them",
+        ),
+        (
+            tp and experts.autoep_size == 1,
+            f"{both}.autoep_size = 1: DeepSpeed would count token gradients twice; raise autoep_size or set TP to 1",
+        ),
+        (tp and experts.async_split_plan, f"{both}.async_split_plan = true: {no} remove async_split_plan"),
+        (
+            tp and experts.combine_impl == "fused_weighted_sum",
+            f'{both}.combine_impl = "fused_weighted_sum": {no} remove combine_impl',
+        ),
+        (tp and experts.comm_backend == "deepep", f'{both}.comm_backend = "deepep": {no} remove comm_backend'),
+        (
+            tp and bool(ds.raw.get("compile", {}).get("deepcompile")),
+            f"{both} with compile.deepcompile = true: {no} set deepcompile to false",
+        ),
+        (tp and bool(offload), f"{both} with zero_optimization.{' and '.join(offload)}: {no} remove the offload"),
+    )
+    return [line for wrong, line in rules if wrong]
+
+
+def _version_problems() -> Iterator[str]:
+    version = installed_version("transformers")
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    tested = " or ".join(TESTED_TRANSFORMERS)
+    if found is None:
+        yield f"transformers {version or 'is not installed'}: expert_parallel needs it; install {tested}"
+    elif tuple(map(int, found.groups())) < (5, 0):
+        yield f"transformers {version}: expert_parallel needs the fused experts of 5.0 and later; install {tested}"
+    elif tuple(map(int, found.groups())) >= (5, 23):
+        yield (
+            f"transformers {version}: AutoEP of deepspeed 0.19.8 fails there (_CanRecordRegistry.get() takes 2 "
+            f"positional arguments but 3 were given); install {tested}"
+        )
