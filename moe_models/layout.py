@@ -57,8 +57,8 @@ def size_problems(
     for name in ("tp_size", "sp_size", "ep_size"):
         if stage % sizes[name]:
             problems.append(
-                f"{names.get(name, name)} = {sizes[name]} does not divide the {ranks}; use one of {divisors(stage)}, or "
-                f"start a multiple of {sizes[name]} ranks"
+                f"{names.get(name, name)} = {sizes[name]} does not divide the {ranks}; use one of {divisors(stage)}, "
+                f"or start a multiple of {sizes[name]} ranks"
             )
     return problems
 
