@@ -260,6 +260,7 @@ def adapt_for_cpu(deepspeed: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
         ("comm_backend", "deepep", "comm"),
         ("row_weighting_impl", "fused", "auto"),
         ("combine_impl", "fused_weighted_sum", "auto"),
+        ("async_split_plan", True, False),
     ):
         if experts.get(key) == cuda:
             change(experts, "expert_parallel.", key, cpu, "CUDA only")

@@ -10,7 +10,9 @@ deepspeed 0.19.8: ``module_inject/auto_ep_config.py`` (``validate_autoep_config`
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,12 +53,30 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
 
 
 def warnings_for_run(
-    ds: DsConfig, model_config: Mapping[str, Any], world_size: int, gpus_per_node: int | None = None
+    ds: DsConfig,
+    model_config: Mapping[str, Any],
+    world_size: int,
+    gpus_per_node: int | None = None,
+    *,
+    on_gpu: bool = False,
 ) -> list[str]:
-    """One line for each thing that works but is probably not meant, or that nobody has tested."""
+    """One line for each thing that works but is probably not meant, that nobody has tested, or that fails on some GPUs.
+
+    ``gpus_per_node`` None leaves out what depends on it; ``on_gpu`` False leaves out what only GPU processes need.
+    """
+    lines: list[str] = []
+    params = ds.raw.get("optimizer", {}).get("params", {})
+    kind = str(ds.raw.get("optimizer", {}).get("type", "")).lower()
+    compiler = shutil.which("nvcc") or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if on_gpu and kind in ("adam", "adamw") and not params.get("torch_adam") and compiler is None:
+        lines.append(
+            f"optimizer.type = {show(ds.raw['optimizer']['type'])}: DeepSpeed compiles its fused kernel at the first "
+            'start, and there is no nvcc; install the CUDA toolkit, or set "torch_adam": true, "fused": true in '
+            "optimizer.params"
+        )
     if ds.expert_parallel is None:
-        return []
-    ep, lines = ds.ep_size, []
+        return lines
+    ep = ds.ep_size
     if ep == 1:
         lines.append(
             "expert_parallel.autoep_size = 1: every rank holds all experts and no token is exchanged; raise it, or "
@@ -187,9 +207,9 @@ def _autoep_zero_problems(ds: DsConfig) -> list[str]:
             "(3.8% too low in fp32, without the experts in bf16); set stage to 1, 2 or 3",
         ),
         (
-            not isinstance(ds.raw.get("optimizer"), dict),
-            "expert_parallel without an optimizer section: DeepSpeed marks expert parameters for their own reduction "
-            "only in an optimizer that it builds; copy the optimizer section of ds_configs/zero1_ep2.json",
+            stage in (1, 2) and not isinstance(ds.raw.get("optimizer"), dict),
+            "expert_parallel without an optimizer section: at ZeRO stage 1 and 2 DeepSpeed refuses an optimizer "
+            "that it did not build itself; copy the optimizer section of ds_configs/zero1_ep2.json",
         ),
         (
             stage in (1, 2) and not zero.get("reduce_scatter", True),

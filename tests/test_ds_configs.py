@@ -1,0 +1,128 @@
+"""Every file in ds_configs/ and its README: loads clean, fits a model, and differs in the layout only."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from moe_models.config import adapt_for_cpu, load_ds_config, read_json
+from moe_models.layout import Layout
+from moe_models.preflight import check_run, warnings_for_run
+
+FOLDER = Path(__file__).parents[1] / "ds_configs"
+FILES = sorted(FOLDER.rglob("*.json"))
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "num_hidden_layers": 32, "num_experts_per_tok": 2}
+
+
+def fill_autos(config: dict) -> dict:
+    """What the HF Trainer does with the "auto" values, for 1 rank."""
+    filled = copy.deepcopy(config)
+    filled.update(train_batch_size=4, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2)
+    filled["gradient_clipping"] = 1.0
+    filled["optimizer"]["params"].update(lr=1e-4, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.1)
+    assert '"auto"' not in json.dumps(filled)
+    return filled
+
+
+def readme_rows() -> dict[str, list[str]]:
+    text = (FOLDER / "README.md").read_text()
+    return {m[1]: [cell.strip() for cell in m[2].split("|")] for m in re.finditer(r"^\| `(.+?)` \|(.*)\|$", text, re.M)}
+
+
+def test_count() -> None:
+    assert len(FILES) == 10
+
+
+def test_readme_table() -> None:
+    rows = readme_rows()
+    assert set(rows) == {path.name for path in FILES}
+    for path in FILES:
+        ds, (ranks, zero, ep, _, when) = load_ds_config(path), rows[path.name]
+        assert zero == str(ds.zero_stage)
+        assert ep == (str(ds.ep_size) if ds.expert_parallel else "none")
+        assert ranks == (f"multiple of {ds.ep_size}" if ds.expert_parallel else "any")
+        assert when
+
+
+def test_readme_values() -> None:
+    """The README's reasons name only keys and numbers that stand in the files."""
+    text = (FOLDER / "README.md").read_text()
+    zero3, zero1 = read_json(FOLDER / "zero3.json"), read_json(FOLDER / "zero1_ep8.json")
+    why = text.split("## Why these values")[1].split("Left out on purpose")[0]
+    known = {**zero3["zero_optimization"], **zero1["zero_optimization"], **zero3["optimizer"], **zero3}
+    for key in re.findall(r"^- `(.+?)`|`(stage3_\w+)`", why, re.M):
+        assert next(filter(None, key)) in known
+    assert "2e8" in text
+    assert zero1["zero_optimization"]["reduce_bucket_size"] == 200_000_000
+    assert "3e9" in text
+    assert zero3["zero_optimization"]["stage3_max_live_parameters"] == 3_000_000_000
+    left_out = text.split("Left out on purpose")[1].split("##")[0]
+    for path in FILES:
+        for key in ("grad_accum_dtype", "round_robin_gradients", "steps_per_print", "scheduler"):
+            assert key in left_out
+            assert key not in path.read_text()
+
+
+def test_readme_memory_example() -> None:
+    assert round(45.1 * (4 / 8 + 12 / 8) + 1.6 * (4 + 12 / 8)) == 99
+    assert "= 99 GB" in (FOLDER / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_loads_clean_and_fits_mixtral(path: Path) -> None:
+    ds = load_ds_config(path)
+    name = re.fullmatch(r"zero(\d)(?:_ep(\d))?", path.stem)
+    assert name is not None
+    assert (ds.zero_stage, ds.ep_size) == (int(name[1]), int(name[2] or 1))
+    assert ds.precision == "bf16"
+    for copies in (1, 2):
+        world_size = ds.ep_size * copies
+        assert check_run(ds, MIXTRAL, world_size) == []
+        assert warnings_for_run(ds, MIXTRAL, world_size, gpus_per_node=8) == []
+        assert Layout(world_size, ds.ep_size).edp_size == copies
+
+
+def test_only_the_layout_differs() -> None:
+    rest = []
+    for path in FILES:
+        raw = read_json(path)
+        raw.pop("expert_parallel", None)
+        stage = raw.pop("zero_optimization")
+        rest.append(json.dumps(raw))  # order too: a diff of two files shows the layout only
+        same = [p for p in FILES if read_json(p)["zero_optimization"]["stage"] == stage["stage"]]
+        assert all(read_json(p)["zero_optimization"] == stage for p in same)
+    assert len(set(rest)) == 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_deepspeed_accepts_it(path: Path) -> None:
+    runtime = pytest.importorskip("deepspeed.runtime.config")
+    ds = load_ds_config(path)
+    config = runtime.DeepSpeedConfig(fill_autos(ds.deepspeed))
+    assert config.zero_optimization_stage == ds.zero_stage
+    assert config.bfloat16_config.enabled
+    assert config.expert_parallel_config.enabled == (ds.expert_parallel is not None)
+    assert config.expert_parallel_config.autoep_size == ds.ep_size
+    for key, value in ds.raw["zero_optimization"].items():  # no value is silently dropped
+        assert getattr(config.zero_config, key.removeprefix("stage3_")) == value
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_cpu_changes_two_values_and_no_layout(path: Path) -> None:
+    ds = load_ds_config(path)
+    adapted, lines = adapt_for_cpu(ds.deepspeed)
+    assert len(lines) == 2
+    for section in ("expert_parallel", "zero_optimization"):
+        assert adapted.get(section) == ds.deepspeed.get(section)
+
+
+def test_every_zero_value_does_something_at_its_stage() -> None:
+    """Keys that DeepSpeed reads at one stage only are not written at another."""
+    for path in FILES:
+        zero = read_json(path)["zero_optimization"]
+        assert any(key.startswith("stage3_") for key in zero) == (zero["stage"] == 3)
+        assert ("allgather_bucket_size" in zero) == (zero["stage"] < 3)
