@@ -35,13 +35,11 @@ class Family:
 
     model_type: str
     num_experts_key: str
-    """Key of the expert count E in config.json."""
+    """Key of the expert count E in the hub's config.json (transformers may write its own spelling: num_experts())."""
     expert_size_key: str
     """Key of the expert FFN size F in config.json."""
-    autoep_preset: str | None
-    """DeepSpeed's preset name, or None where ``autoep_keys`` describe the block instead."""
-    autoep_keys: Mapping[str, Any] | None = None
-    """``expert_parallel`` keys for a family that DeepSpeed has no preset for."""
+    autoep_preset: str
+    """Name of the AutoEP preset; DeepSpeed finds it by itself, from the model type."""
     hub_block: str = "mlp"
     """Name of the MoE block in the hub layout; it is ``mlp`` in every module layout."""
     hub_expert_names: Mapping[str, str]
@@ -52,8 +50,11 @@ class Family:
     """Whether the HF class returns ``aux_loss`` (DeepSeek's do not: they balance by bias or not at all)."""
 
     def num_experts(self, config: Mapping[str, Any]) -> int:
-        """Expert count E of a model with this ``config.json``."""
-        return int(config[self.num_experts_key])
+        """Expert count E of a model with this ``config.json``. Raises KeyError if it does not say."""
+        for key in (self.num_experts_key, "num_local_experts", "num_experts"):
+            if config.get(key) is not None:
+                return int(config[key])
+        raise KeyError(self.num_experts_key)
 
     def module_to_hub(self, name: str) -> str:
         """Hub name of a tensor that is not an expert weight."""
@@ -107,19 +108,7 @@ FAMILIES: dict[str, Family] = {
             model_type="olmoe",  # arXiv 2409.02060
             num_experts_key="num_experts",
             expert_size_key="intermediate_size",
-            autoep_preset=None,
-            autoep_keys={
-                "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
-                "router_pattern": "gate",
-                "expert_pattern": "experts",
-                "expert_w1": "gate_up_proj",
-                "expert_w2": "down_proj",
-                "expert_w3": None,
-                "num_experts_attr": "num_experts",
-                "top_k_attr": "num_experts_per_tok",
-                "score_func": "softmax",
-                "score_apply": "post",
-            },
+            autoep_preset="olmoe",  # ours: moe_models/autoep.py registers it with DeepSpeed
             hub_expert_names=_PROJ,
         ),
         Family(

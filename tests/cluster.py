@@ -92,7 +92,9 @@ class Cluster:
             failures = dict.fromkeys(waiting, f"no answer within {timeout:.0f} s (a hang?)")
         if failures:
             self.stop()
-            raise ChildError("\n".join(f"--- rank {rank} of {self.world_size}:\n{text}" for rank, text in failures.items()))
+            raise ChildError(
+                "\n".join(f"--- rank {rank} of {self.world_size}:\n{text}" for rank, text in failures.items())
+            )
         return results
 
     def _late_failures(self, waiting: set[int]) -> dict[int, str]:
@@ -114,7 +116,7 @@ def _worker(pipe: Connection, rank: int, world_size: int, store: str, port: int)
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1",
         OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="",
-        ACCELERATE_USE_CPU="true", TQDM_DISABLE="1",
+        TQDM_DISABLE="1",
     )  # fmt: skip
     import torch
 

@@ -1,0 +1,194 @@
+"""Reading a DeepSpeed checkpoint folder, without DeepSpeed's engine, a GPU or a process group.
+
+Layouts, as DeepSpeed 0.19.8 writes them under ``global_step<N>/``:
+
+- ZeRO 0-2: ``mp_rank_00_model_states.pt`` holds every tensor but AutoEP's experts; each of those is a file
+  ``layer_<moe layer>_expert_<e>_mp_rank_00_model_states.pt`` with w1, w2, w3.
+- ZeRO-3: ``zero_pp_rank_<r>_mp_rank_00_model_states.pt`` holds names and shapes, and the weights lie as fp32 partitions
+  in ``*zero_pp_rank_<r>_mp_rank_00_optim_states.pt``: per group one flat tensor, the partitions of its parameters one
+  after the other. Dense groups are partitioned over all ranks, expert groups over the ranks that hold the same experts.
+
+Files are read with ``torch.load(weights_only=True, mmap=True)``: nothing in them is executed, and only the tensors
+asked for come into memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_models.checkpoint import _split_fused
+from moe_models.errors import UserError
+from moe_models.families import AUTOEP_EXPERT_NAMES, Family
+
+
+def load_states(path: Path) -> dict[str, Any]:
+    """One DeepSpeed ``.pt`` file, memory-mapped. Raises UserError where it cannot be read without executing code."""
+    # Plain data classes that DeepSpeed puts beside the tensors; nothing else is allowed to be built.
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: cannot be read as plain tensors ({reason}); it is damaged, or holds objects that only code "
+            "execution could restore: resume the run and let it export, or use another checkpoint"
+        ) from error
+    return states
+
+
+def find_step_folder(checkpoint: Path) -> Path:
+    """The ``global_step<N>`` folder of ``checkpoint`` (a ``checkpoint-N`` folder or the step folder itself)."""
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: no such folder; give a checkpoint-N folder that training wrote")
+    if list(checkpoint.glob("*model_states.pt")):
+        return checkpoint
+    latest = checkpoint / "latest"
+    if not latest.exists():
+        inside = sorted(p.name for p in checkpoint.glob("checkpoint-*"))
+        hint = f"; did you mean one of {', '.join(inside)} in it?" if inside else ""
+        raise UserError(f"{checkpoint}: not a DeepSpeed checkpoint (no file named latest){hint}")
+    step = checkpoint / latest.read_text().strip()
+    if not step.is_dir():
+        raise UserError(f"{latest}: points to {step.name}, which does not exist; the checkpoint is incomplete")
+    return step
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where one rank keeps its partition of one ZeRO-3 parameter."""
+
+    group: int
+    start: int
+    numel: int
+    partition_ranks: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class FolderSource:
+    """Tensors of a saved DeepSpeed checkpoint; see :class:`moe_models.checkpoint.TensorSource`.
+
+    Raises:
+        UserError: from ``__init__``, if files are missing (all are named) or the layout is not one listed above.
+    """
+
+    def __init__(self, checkpoint: Path, family: Family) -> None:
+        self._step = find_step_folder(checkpoint)
+        self._family = family
+        if any(re.search(r"mp_rank_(?!00_)\d+_", p.name) for p in self._step.glob("*model_states.pt")):
+            raise UserError(f"{self._step}: was saved with tensor parallelism, which this export cannot join yet")
+        if (self._step / "mp_rank_00_model_states.pt").exists():
+            self._ranks = [load_states(self._step / "mp_rank_00_model_states.pt")]
+            self._optimizers: list[dict[str, Any]] = []
+        else:
+            self._open_zero3()
+        first = self._ranks[0]
+        self._names = {family.autoep_to_module(n): n for n in first["module"] if not _is_router_alias(n)}
+        self._layers = {entry["module_path"]: entry for entry in first.get("ds_autoep_layers") or []}
+        if not self._optimizers:
+            self._check_expert_files()
+        self.dtype: torch.dtype = next(t.dtype for t in first["module"].values() if t.is_floating_point())
+
+    def _open_zero3(self) -> None:
+        first = self._step / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+        if not first.exists():
+            raise UserError(f"{self._step}: holds no model states; the checkpoint is incomplete")
+        world_size = int(load_states(first)["dp_world_size"])
+        models = [self._step / f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(world_size)]
+        plain = [self._step / f"zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(world_size)]
+        optimizers = [p if p.exists() else p.with_name(f"bf16_{p.name}") for p in plain]
+        _require_files([*models, *optimizers])
+        self._ranks = [load_states(path) for path in models]
+        self._optimizers = [load_states(path)["optimizer_state_dict"] for path in optimizers]
+        self._pieces = [_index_pieces(m, o) for m, o in zip(self._ranks, self._optimizers, strict=True)]
+
+    def _expert_file(self, entry: Mapping[str, Any], expert: int) -> Path:
+        return self._step / f"layer_{entry['moe_layer_id']}_expert_{expert}_mp_rank_00_model_states.pt"
+
+    def _check_expert_files(self) -> None:
+        _require_files(
+            [self._expert_file(entry, e) for entry in self._layers.values() for e in range(entry["num_experts"])]
+        )
+
+    def dense(self, name: str) -> torch.Tensor:
+        """See :class:`~moe_models.checkpoint.TensorSource`. Raises KeyError if the checkpoint has no such tensor."""
+        stored = self._names[name]
+        kept: torch.Tensor = self._ranks[0]["module"][stored]
+        if self._optimizers and stored in self._pieces[0]:
+            return self._join(stored, 0).to(kept.dtype)
+        return kept
+
+    def experts(self, block: str, projection: str) -> torch.Tensor:
+        """See :class:`~moe_models.checkpoint.TensorSource`."""
+        if block not in self._layers:
+            fused = _split_fused(self.dense, block, projection)
+            assert fused is not None  # a folder has no ranks that only help
+            return fused
+        entry = self._layers[block]
+        stored = f"{entry['expert_key_prefix']}.{AUTOEP_EXPERT_NAMES[projection]}"
+        if not self._optimizers:
+            files = (load_states(self._expert_file(entry, e)) for e in range(entry["num_experts"]))
+            return torch.stack([states[f"{stored}.{e}"] for e, states in enumerate(files)])
+        # One rank per EP rank is enough to find the partitions of its experts.
+        owners = {self._entry(rank, block)["ep_rank"]: rank for rank in reversed(range(len(self._ranks)))}
+        return torch.cat([self._join(stored, owners[ep_rank]).to(self.dtype) for ep_rank in range(entry["ep_size"])])
+
+    def _entry(self, rank: int, block: str) -> Mapping[str, Any]:
+        return next(e for e in self._ranks[rank]["ds_autoep_layers"] if e["module_path"] == block)
+
+    def _join(self, stored: str, rank: int) -> torch.Tensor:
+        """The full fp32 tensor (for experts: those of ``rank``) out of the partitions that its group keeps."""
+        piece = self._pieces[rank][stored]
+        parts = []
+        for member in piece.partition_ranks:
+            other = self._pieces[member][stored]
+            if other.group < 0:
+                parts.append(self._ranks[member]["frozen_param_fragments"][stored].flatten())
+            else:
+                flat = self._optimizers[member]["fp32_flat_groups"][other.group]
+                parts.append(flat.narrow(0, other.start, other.numel))
+        numel = torch.Size(piece.shape).numel()
+        return torch.cat(parts).narrow(0, 0, numel).view(piece.shape)
+
+
+def _is_router_alias(name: str) -> bool:
+    """AutoEP registers a block's router a second time, as ``gate``, so that HF's output recorders find it."""
+    return ".mlp.gate.gate." in name
+
+
+def _index_pieces(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, _Piece]:
+    """Where every parameter of one rank lies in its flat groups (ZeRO-3)."""
+    world = tuple(range(int(model["dp_world_size"])))
+    described = optimizer.get("ds_zero_partition_groups")
+    pieces: dict[str, _Piece] = {}
+    for group, shapes in enumerate(model["param_shapes"]):
+        ranks = tuple(described[group]["partition_ranks"]) if described else world
+        start = 0
+        for name, shape in shapes.items():
+            numel = -(-torch.Size(shape).numel() // len(ranks))  # partitions are padded to equal length
+            pieces[name] = _Piece(group, start, numel, ranks, tuple(shape))
+            start += numel
+    for name, shape in (model.get("frozen_param_shapes") or {}).items():
+        pieces[name] = _Piece(-1, 0, 0, world, tuple(shape))
+    return pieces
+
+
+def _require_files(paths: list[Path]) -> None:
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise UserError(
+            f"{paths[0].parent}: {len(missing)} of {len(paths)} files are missing ({shown}); "
+            "the checkpoint is incomplete, use an earlier one"
+        )

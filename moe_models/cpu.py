@@ -1,0 +1,30 @@
+"""Running the same recipes on CPU processes: what accelerate and DeepSpeed need to be told."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+
+def on_cpu() -> bool:
+    """Whether this process trains on CPU: asked for with DS_ACCELERATOR=cpu, or no GPU is there."""
+    return os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+
+
+def join_cpu_ranks() -> dict[str, Any]:
+    """Set accelerate up for DeepSpeed on gloo ranks; returns the ``accelerator_config`` for ``TrainingArguments``.
+
+    Left to itself, accelerate 1.15.0 finds no GPU, settles for one process without a backend, and every rank would
+    train on the same data as if it were alone. Naming the backend gives it the true rank and world size.
+    """
+    from accelerate import PartialState
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    previous = os.environ.get("ACCELERATE_USE_DEEPSPEED")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    if previous is None:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    return {"use_configured_state": True}

@@ -1,0 +1,181 @@
+"""``MoETrainer``: TRL's ``SFTTrainer`` with checkpoints that are whole, and a model folder that holds every expert.
+
+Everything a Trainer does well (data, packing, loss scaling, logging, schedules, resume) stays with TRL, transformers
+and accelerate. What is added here, and why:
+
+- ``save_model`` exports a complete Hugging Face folder. HF's own version keeps one rank's experts under AutoEP.
+- Checkpoints during training hold DeepSpeed's states and no HF weights, and appear under their final name only when
+  every rank has finished writing.
+- A loss or gradient that is not finite ends the run before it can reach a checkpoint.
+- After ``deepspeed.initialize`` the AutoEP blocks are counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import SFTTrainer
+
+from moe_models.autoep import check_replaced, register_presets, restore_rotary_buffers
+from moe_models.checkpoint import EngineSource, export, is_writer
+from moe_models.families import FAMILIES, Family
+from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
+from moe_models.proof import ExportProof, prove_folder, record_logits
+
+MODEL_FOLDER = "model"
+"""Where ``save_model()`` without a folder puts the Hugging Face checkpoint, inside ``output_dir``."""
+
+
+class TrainingStoppedError(RuntimeError):
+    """The run ended itself to protect what it had; the message says why and what to do."""
+
+
+class MoETrainer(SFTTrainer):
+    """SFTTrainer for HF MoE models under DeepSpeed; takes the same arguments.
+
+    Raises:
+        ValueError: if the model's ``model_type`` is not in :data:`~moe_models.families.FAMILIES`.
+        RuntimeError: when training starts, if AutoEP did not replace exactly the model's MoE blocks.
+        TrainingStoppedError: during training, when loss or gradient norm is not finite.
+        ExportError: from :meth:`save_model`, if the folder would not hold the whole model.
+    """
+
+    def __init__(self, model: Any, *args: Any, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES, **kwargs: Any) -> None:
+        if model.config.model_type not in FAMILIES:
+            raise ValueError(f"model_type {model.config.model_type!r} is not one of {sorted(FAMILIES)}")
+        self.family: Family = FAMILIES[model.config.model_type]
+        # TRL switches router logits on in the config; the exported config.json is the one that came in.
+        self.source_config = copy.deepcopy(model.config)
+        self.max_shard_bytes = max_shard_bytes
+        self.last_proof: ExportProof | None = None
+        restore_rotary_buffers(model)
+        register_presets()
+        super().__init__(model, *args, **kwargs)
+        # HF would replace a NaN loss by the running average in its logs; here it must be seen.
+        self.args.logging_nan_inf_filter = False
+        self._all_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+
+    # --- before the first step
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        section = (self.accelerator.state.deepspeed_plugin.deepspeed_config or {}).get("expert_parallel") or {}
+        if section.get("enabled"):
+            check_replaced(self.model, self.family, self.source_config.to_dict(), section.get("autoep_size", 1))
+        return prepared
+
+    # --- finite or stop
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch; remembers on the device, without waiting for it, whether the loss was finite."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._all_finite &= torch.isfinite(loss)
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self._stop_if_not_finite(grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _stop_if_not_finite(self, grad_norm: Any) -> None:
+        finite = self._all_finite.float()
+        if grad_norm is not None:
+            finite *= torch.isfinite(torch.as_tensor(grad_norm, device=finite.device)).float().squeeze()
+        if dist.is_initialized():
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if finite.item() == 1.0:
+            return
+        checkpoints = [p for p in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir()]
+        last = max(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+        raise TrainingStoppedError(
+            f"the loss or the gradient norm became NaN or infinite by step {self.state.global_step}; nothing was saved "
+            f"from it, {kept}. Lower --learning_rate or --max_grad_norm, or look for broken rows in the data"
+        )
+
+    # --- checkpoints: whole or absent
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir: str = super()._get_output_dir(trial)
+        return os.path.join(run_dir, ".writing") if self._staging else run_dir
+
+    _staging = False
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        staging = run_dir / ".writing"
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if is_writer():
+            shutil.rmtree(staging, ignore_errors=True)  # left by a crash
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        if self.state.best_global_step:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.exists() or best.name == name:
+                self.state.best_model_checkpoint = str(best)
+        self.accelerator.wait_for_everyone()
+        if is_writer():
+            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            if (run_dir / name).exists():  # a resumed run passes this step again
+                shutil.rmtree(run_dir / name)
+            os.replace(staging / name, run_dir / name)
+            staging.rmdir()
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Export the whole model as a Hugging Face folder (default ``output_dir/model``); every rank must call it.
+
+        The folder is reloaded with plain transformers and its logits compared with the engine's before it gets its
+        name; :attr:`last_proof` holds the figures. A checkpoint written during training (``_internal_call``) gets
+        config and tokenizer but no weights: DeepSpeed's states beside them hold those, and ``recipes/export.py`` turns
+        them into the same folder at any time.
+        """
+        engine = self.model_wrapped
+        if _internal_call:
+            folder = Path(output_dir or self.args.output_dir)
+            if is_writer():
+                folder.mkdir(parents=True, exist_ok=True)
+                save_companions(folder, self.source_config, self.model.dtype, **self._companions())
+            self.accelerator.wait_for_everyone()
+            return
+        folder = Path(output_dir or os.path.join(self.args.output_dir, MODEL_FOLDER))
+        ids_BT, logits_BTV = record_logits(engine, self.source_config.vocab_size)
+        self.last_proof = None
+
+        def prove(staged: Path) -> None:
+            self.last_proof = prove_folder(staged, ids_BT, logits_BTV)
+
+        export(
+            EngineSource(engine, self.family),
+            self.family,
+            self.source_config,
+            folder,
+            max_shard_bytes=self.max_shard_bytes,
+            progress=self.export_progress,
+            prove=prove,
+            **self._companions(),
+        )
+
+    export_progress: Any = None
+    """Called with (tensors done, tensors in all) on the writing rank; a recipe may set it."""
+
+    def _companions(self) -> dict[str, Any]:
+        return {"tokenizer": self.processing_class, "generation_config": self.model.generation_config}

@@ -1,0 +1,183 @@
+"""The two sides of every parity test: MoETrainer on N ranks, and single-process Hugging Face on the same tokens."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+STEPS = 5
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 0.01
+ADAM_EPS = 1e-6
+"""AdamW divides by the gradient's own size, so at the usual 1e-8 an element whose gradient is rounding noise (about
+1e-9 here) moves by the full learning rate in a random direction. 1e-6 makes the step a continuous function of it."""
+CLIP = 0.5  # below the norms seen (1 to 6), so that clipping is always active
+
+
+def ds_config(stage: int, ep_size: int | None, **extra: Any) -> dict[str, Any]:
+    """The smallest ds_config of a layout, fp32 and CPU; ``ep_size`` None means no expert parallelism."""
+    config: dict[str, Any] = {
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True,
+            },
+        },
+    }  # fmt: skip
+    if ep_size is not None:
+        config["expert_parallel"] = {"enabled": True, "autoep_size": ep_size}
+    return {**config, **extra}
+
+
+def rows(count: int, seed: int = 0, vocab: int = 64) -> list[dict[str, list[int]]]:
+    """Tokenised rows of unequal length, so that ranks and micro-batches hold unequal token counts."""
+    import random
+
+    rng = random.Random(seed)
+    return [{"input_ids": [rng.randrange(3, vocab) for _ in range(rng.randrange(6, 25))]} for _ in range(count)]
+
+
+def fresh_accelerate() -> None:
+    """Forget the last case's accelerate and HF-DeepSpeed state; the process group stays."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    unset_hf_deepspeed_config()
+
+
+def tokenizer() -> Any:
+    """A tokenizer with one word per id; the rows are tokenised already, so only its special tokens matter."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<bos>", "<eos>"] + [f"w{i}" for i in range(3, 64)]
+    core = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def build_trainer(
+    source: str, output_dir: str, config: dict[str, Any], *, accumulation: int = 1, model: Any = None,
+    trainer_class: Any = None, train_rows: Any = None, **options: Any,
+) -> Any:  # fmt: skip
+    """A MoETrainer on this rank, as recipes/finetune.py builds it, that records the batches it consumes."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig
+
+    from moe_models.cpu import join_cpu_ranks
+    from moe_models.trainer import MoETrainer
+
+    class RecordingTrainer(trainer_class or MoETrainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.model.training:
+                kept = ("input_ids", "attention_mask", "labels")
+                self.batches.append({k: inputs[k].tolist() for k in kept if k in inputs})
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    fresh_accelerate()
+    config = copy.deepcopy(config)
+    args = SFTConfig(
+        output_dir=output_dir,
+        **{
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": STEPS,
+            "learning_rate": LEARNING_RATE,
+            "weight_decay": WEIGHT_DECAY,
+            "adam_epsilon": ADAM_EPS,
+            "max_grad_norm": CLIP,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "max_length": 32,
+            "disable_tqdm": True,
+            "dataset_num_proc": None,
+            **options,
+        },
+        deepspeed=config,
+        accelerator_config=join_cpu_ranks(),
+    )
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+    trainer = RecordingTrainer(
+        model=model, args=args, train_dataset=Dataset.from_list(train_rows or rows(64)), processing_class=tokenizer()
+    )
+    trainer.batches = []
+    return trainer
+
+
+def train_case(
+    source: str, output_dir: str, config: dict[str, Any], accumulation: int = 1, **options: Any
+) -> dict[str, Any]:
+    """Train STEPS steps and export; runs on every rank of a cluster."""
+    trainer = build_trainer(source, output_dir, config, accumulation=accumulation, **options)
+    trainer.train()
+    trainer.save_model()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "loss": [entry["loss"] for entry in history],
+        "aux_loss": [entry.get("aux_loss") for entry in history],
+        "grad_norm": [entry["grad_norm"] for entry in history],
+        "batches": trainer.batches,
+        "proof": trainer.last_proof,
+        "folder": f"{output_dir}/model",
+    }
+
+
+def reference(source: Path, batches_by_rank: list[list[dict]], accumulation: int, out: Path) -> dict[str, Any]:
+    """Single-process Hugging Face on the same micro-batches: plain torch loop, plain AdamW, plain clipping.
+
+    Cross-entropy is averaged over all target tokens of the optimizer step. The auxiliary loss is a function of the
+    micro-batch (it multiplies two averages over its tokens), so the reference computes it per micro-batch and averages:
+    that is what the ranks do. Weights go through ``save_pretrained``, hence in the hub layout.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    has_aux = hasattr(model.config, "router_aux_loss_coef")
+    coefficient = getattr(model.config, "router_aux_loss_coef", 0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=ADAM_EPS, weight_decay=WEIGHT_DECAY)
+    result: dict[str, Any] = {"loss": [], "aux_loss": [], "grad_norm": []}
+    model.train()
+    for step in range(len(batches_by_rank[0]) // accumulation):
+        micro = [b for per_rank in batches_by_rank for b in per_rank[step * accumulation : (step + 1) * accumulation]]
+        targets = sum(label != -100 for b in micro for row in b["labels"] for label in row[1:])
+        total, aux_values = 0.0, []
+        for batch in micro:
+            tensors = {k: torch.tensor(v) for k, v in batch.items()}
+            labels = tensors.pop("labels")
+            output = model(**tensors, **({"output_router_logits": True} if has_aux else {}))
+            loss = (
+                torch.nn.functional.cross_entropy(
+                    output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+                )
+                / targets
+            )
+            if has_aux:
+                loss = loss + coefficient * output.aux_loss / len(micro)
+                aux_values.append(output.aux_loss.item())
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        result["loss"].append(total)
+        result["aux_loss"].append(sum(aux_values) / len(aux_values) if has_aux else None)
+        result["grad_norm"].append(norm.item())
+    model.save_pretrained(out)
+    result["folder"] = str(out)
+    return result
