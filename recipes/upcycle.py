@@ -8,7 +8,8 @@ From the hub (needs the network once), more and fewer experts:
     python recipes/upcycle.py --model_name_or_path path/to/dense --output_dir path/to/moe --num_experts 4
 
 Then train it:
-    deepspeed --num_gpus 2 recipes/finetune.py --deepspeed ds_configs/zero1_ep2.json --model_name_or_path path/to/moe ...
+    deepspeed --num_gpus 2 recipes/finetune.py --deepspeed ds_configs/zero1_ep2.json --model_name_or_path path/to/moe \\
+        --dataset_name path/to/train.jsonl --output_dir out/first
 
 Llama and Mistral become Mixtral, Qwen2 becomes Qwen2-MoE, Qwen3 becomes Qwen3-MoE. No GPU is needed, and memory for one
 output shard (--max_shard_size) is enough whatever the model's size. At --noise 0 the new model's logits are the dense
