@@ -191,8 +191,8 @@ def _auto_problems(raw: Mapping[str, Any]) -> Iterator[str]:
             for key, item in value.items():
                 yield from walk(item, f"{where}.{key}" if where else key)
         elif isinstance(value, list):
-            for item in value:
-                yield from walk(item, where)
+            for index, item in enumerate(value):
+                yield from walk(item, f"{where}[{index}]")
         elif value == "auto" and where not in places:
             section = where.split(".")[0] + "." if "." in where else ""
             near = [place for place in places if (place.startswith(section) if section else "." not in place)]

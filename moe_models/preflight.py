@@ -152,9 +152,13 @@ def _model_problems(experts: ExpertParallel, config: Mapping[str, Any], world_si
                 "moe_models/families.py, or remove expert_parallel (ds_configs/zero3.json)"
             )
         return
-    count = config.get(family.num_experts_key)
-    if type(count) is not int or count < 1:
-        yield f"config.json: {family.num_experts_key} = {show(count)}: must be the number of experts, at least 1"
+    try:
+        count = family.num_experts(config)
+    except (KeyError, TypeError, ValueError):
+        count = 0
+    if count < 1:
+        value = config.get(family.num_experts_key)
+        yield f"config.json: {family.num_experts_key} = {show(value)}: must be the number of experts, at least 1"
         return
     if not list(moe_blocks(family, config)):
         yield f"config.json: model_type = {show(model_type)}, but no layer is an MoE layer; remove expert_parallel"
@@ -188,10 +192,9 @@ def _routing_problems(experts: ExpertParallel, config: Mapping[str, Any], count:
 
 def _preset_problems(experts: ExpertParallel, family: Family) -> Iterator[str]:
     if experts.preset_model is not None and experts.preset_model != family.autoep_preset:
-        right = "has no preset of its own" if family.autoep_preset is None else f"takes {show(family.autoep_preset)}"
         yield (
             f"expert_parallel.preset_model = {show(experts.preset_model)}: model_type {show(family.model_type)} "
-            f"{right}; remove the key, it is filled in from the model"
+            f"takes {show(family.autoep_preset)}; remove the key, it is found from the model"
         )
 
 

@@ -1,0 +1,421 @@
+"""config.py and ds_schema.py: the words of every refusal, and the key lists against the installed DeepSpeed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from moe_models import ds_schema
+from moe_models.config import adapt_for_cpu, load_ds_config, read_json
+from moe_models.ds_schema import ExpertParallel
+from moe_models.errors import UserError
+
+GOOD: dict[str, Any] = {
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 1},
+    "expert_parallel": {"enabled": True, "autoep_size": 2},
+}
+
+
+def problems_of(tmp_path: Path, config: dict[str, Any] | str) -> list[str]:
+    path = tmp_path / "ds.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        load_ds_config(path)
+    assert all(line.startswith(f"{path}: ") and "\n" not in line for line in caught.value.problems)
+    return [line.removeprefix(f"{path}: ") for line in caught.value.problems]
+
+
+# ---------------------------------------------------------------- read_json
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nope\.json: no such file"):
+        read_json(tmp_path / "nope.json")
+
+
+def test_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a file; give the path of one JSON file"):
+        read_json(tmp_path)
+
+
+def test_not_text(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
+        read_json(tmp_path / "x.json")
+
+
+def test_malformed_json_shows_the_line(tmp_path: Path) -> None:
+    text = '{\n  "bf16": {"enabled": true},\n  "zero_optimization": {"stage": 1,},\n}\n'
+    (line,) = problems_of(tmp_path, text)
+    assert line.startswith("not valid JSON: ")
+    assert "at line 3, column" in line
+    assert line.endswith(""": '"zero_optimization": {"stage": 1,},'""")
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    (line,) = problems_of(tmp_path, "")
+    assert line == "not valid JSON: Expecting value at line 1, column 1: ''"
+
+
+def test_duplicate_keys(tmp_path: Path) -> None:
+    text = '{"zero_optimization": {"stage": 1, "stage": 3}, "bf16": {}, "bf16": {}}'
+    assert problems_of(tmp_path, text) == [
+        'key "stage" stands twice in one object; keep one',
+        'key "bf16" stands twice in one object; keep one',
+    ]
+
+
+def test_top_level_not_an_object(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, "[1, 2]") == ["the top level is [1, 2]; it must be an object {...}"]
+
+
+# ------------------------------------------------------------ load_ds_config
+
+
+def test_typed(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    config = {**GOOD, "moe": {}, "tensor_parallel": {"autotp_size": 2}, "sequence_parallel_size": 4}
+    path.write_text(json.dumps(config))
+    ds = load_ds_config(str(path))
+    assert ds.path == path
+    assert ds.raw == config
+    assert ds.deepspeed == {key: value for key, value in config.items() if key != "moe"}
+    assert ds.expert_parallel == ExpertParallel(enabled=True, autoep_size=2)
+    assert (ds.zero_stage, ds.ep_size, ds.tp_size, ds.sp_size, ds.precision) == (1, 2, 2, 4, "bf16")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ds.zero_stage = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, (0, 1, "fp32")),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": False}}, (0, 1, "fp16")),
+        ({"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3}}, (3, 1, "auto")),
+        ({"expert_parallel": {"enabled": False, "autoep_size": 8}}, (0, 1, "fp32")),
+    ],
+)
+def test_defaults(tmp_path: Path, config: dict[str, Any], expected: tuple[int, int, str]) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    ds = load_ds_config(path)
+    assert (ds.zero_stage, ds.ep_size, ds.precision) == expected
+    assert ds.expert_parallel is None
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    lines = problems_of(
+        tmp_path,
+        {
+            "expert_paralel": {"enabled": True},
+            "expert_parallel": {"enabled": True, "autoep_sizes": 8, "score_func": "sofmax"},
+            "zero_optimization": {"stage": 4, "overlapcomm": True},
+            "bf16": {"enable": True},
+            "train_batch_size": 0,
+            "moe": {"layer": {}},
+        },
+    )
+    assert len(lines) == 8
+
+
+WORDS: list[tuple[dict[str, Any], str]] = [
+    ({"expert_paralel": {}}, 'expert_paralel = {}: unknown key; did you mean "expert_parallel"?'),
+    ({"zzz": 1}, "zzz = 1: unknown key; remove it; allowed: activation_checkpointing, aio, "),
+    ({"bfloat16": {"enabled": True}}, 'bfloat16 = {"enabled": true}: unknown key; did you mean "bf16"?'),
+    ({"elasticity": {}}, "elasticity = {}: DeepSpeed no longer has this section; remove it"),
+    ({"zero_optimization": True}, "zero_optimization = true: must be an object {...}; remove the key to leave"),
+    ({"moe": 8}, "moe = 8: must be an object {...}"),
+    ({"moe": {"layer": {"k": 2}}}, 'moe.layer = {"k": 2}: unknown key; remove it; allowed: nothing yet'),
+    ({"optimizer": {"typ": "AdamW"}}, 'optimizer.typ = "AdamW": unknown key; did you mean "type"?'),
+    ({"optimizer": {"params": 3}}, "optimizer.params = 3: must be an object {...}"),
+    (
+        {"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1.0}}},
+        "optimizer.params.max_grad_norm = 1.0: DeepSpeed refuses it here; write it as the top-level key",
+    ),
+    (
+        {"data_types": {"grad_acum_dtype": "fp32"}},
+        'data_types.grad_acum_dtype = "fp32": unknown key; did you mean "grad_',
+    ),
+    ({"train_batch_size": 1.5}, 'train_batch_size = 1.5: must be a whole number of at least 1, or "auto"'),
+    ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps = true: must be a whole number of at least 1"),
+    ({"sequence_parallel_size": 0}, "sequence_parallel_size = 0: must be a whole number of at least 1; remove the key"),
+    ({"gradient_clipping": "1"}, 'gradient_clipping = "1": must be a number of at least 0 (0 is off), or "auto"'),
+    ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16.enabled and fp16.enabled are both true; set one"),
+    # zero_optimization, through DeepSpeed's own model
+    (
+        {"zero_optimization": {"stage": 4}},
+        "zero_optimization.stage = 4: must be 0, 1, 2 or 3; remove the key for the default 0",
+    ),
+    (
+        {"zero_optimization": {"overlapcomm": True}},
+        'zero_optimization.overlapcomm = true: unknown key; did you mean "over',
+    ),
+    (
+        {"zero_optimization": {"reduce_bucket_size": 0}},
+        "zero_optimization.reduce_bucket_size = 0: must be more than 0; remove the key for the default 500000000",
+    ),
+    (
+        {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+        'zero_optimization.offload_optimizer.devise = "cpu": unknown key; did you mean "device"?',
+    ),
+    (
+        {"zero_optimization": {"offload_param": {"device": "gpu"}}},
+        "zero_optimization.offload_param.device = \"gpu\": must be 'none', 'cpu' or 'nvme'; remove the key",
+    ),
+    (
+        {"zero_optimization": {"mics_shard_size": 8}},
+        "zero_optimization.mics_shard_size = 8: DeepSpeed no longer has it",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "compute_grad_norm": False}},
+        "zero_optimization: compute_grad_norm=false is supported only with ZeRO Stage 1 or 2",
+    ),
+    (
+        {"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}}},
+        "zero_optimization: Cannot provide deprecated parameter 'cpu_offload' and replacing parameter",
+    ),
+    ({"bf16": {"enable": True}}, 'bf16.enable = true: unknown key; did you mean "enabled"?'),
+    ({"tensor_parallel": {"autotp": 2}}, 'tensor_parallel.autotp = 2: unknown key; did you mean "autotp_size"?'),
+    # "auto"
+    (
+        {"optimizer": {"params": {"betas": [0.9, "auto"]}}},
+        'optimizer.params.betas[1] = "auto": nobody fills it in here',
+    ),
+    (
+        {"zero_optimization": {"stage": "auto"}},
+        'zero_optimization.stage = "auto": nobody fills it in here; write a value; "auto" may stand at '
+        "zero_optimization.reduce_bucket_size, zero_optimization.stage3_prefetch_bucket_size, ",
+    ),
+    (
+        {"steps_per_print": "auto"},
+        'steps_per_print = "auto": nobody fills it in here; write a value; "auto" may stand at train',
+    ),
+    (
+        {"optimizer": {"params": {"momentum": "auto"}}},
+        'optimizer.params.momentum = "auto": nobody fills it in here; write a value; "auto" may stand at opt',
+    ),
+    (
+        {"tensor_parallel": {"autotp_size": "auto"}},
+        'tensor_parallel.autotp_size = "auto": nobody fills it in here; write a value; "auto" may stand at train',
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), WORDS)
+def test_words(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    lines = problems_of(tmp_path, config)
+    assert len(lines) == 1
+    assert lines[0].startswith(words)
+
+
+EP_WORDS: list[tuple[dict[str, Any], str]] = [
+    ({"autoep_sizes": 8}, 'autoep_sizes = 8: unknown key; did you mean "autoep_size"?'),
+    ({"autoep_size": "8"}, 'autoep_size = "8": must be a whole number; remove the key for the default 1'),
+    ({"autoep_size": "auto"}, 'autoep_size = "auto": must be a whole number'),
+    ({"autoep_size": True}, "autoep_size = true: must be a whole number"),
+    ({"autoep_size": 0}, "autoep_size = 0: must be at least 1"),
+    ({"enabled": "yes"}, 'enabled = "yes": must be true or false'),
+    (
+        {"expert_tensor_parallel_size": 2},
+        "expert_tensor_parallel_size = 2: must be 1; remove the key for the default 1",
+    ),
+    ({"preset_model": "mixtrall"}, "preset_model = \"mixtrall\": must be 'mixtral', 'qwen3_moe', 'qwen3_5_moe', "),
+    ({"moe_layer_pattern": "("}, 'moe_layer_pattern = "(": must be a regular expression (missing )'),
+    ({"router_pattern": "a.b"}, 'router_pattern = "a.b": must be one attribute name, without dots'),
+    ({"expert_w1": ""}, 'expert_w1 = "": must be one attribute name, without dots'),
+    ({"expert_w3": 3}, "expert_w3 = 3: must be a string"),
+    (
+        {"expert_activation": "relu"},
+        "expert_activation = \"relu\": must be 'swiglu', 'geglu_tanh', 'swiglu_clamped' or ",
+    ),
+    ({"top_k": "all"}, "top_k = \"all\": must be a whole number or 'auto'"),
+    ({"route_scale": "2"}, 'route_scale = "2": must be a number; remove the key for the default 1.0'),
+    ({"score_func": "sofmax"}, "score_func = \"sofmax\": must be 'auto', 'softmax' or 'sigmoid'; remove the key for"),
+    ({"num_expert_groups": 0}, "num_expert_groups = 0: must be at least 1"),
+    ({"load_balance_coeff": 0.001}, "load_balance_coeff = 0.001: must be null"),
+    ({"comm_num_sm": 0}, "comm_num_sm = 0: must be at least 1; remove the key for the default 12"),
+    ({"gate_up_impl": "fused", "use_grouped_mm": False}, 'gate_up_impl = "fused" needs use_grouped_mm true'),
+    (
+        {"row_weighting_impl": "fused"},
+        'row_weighting_impl = "fused" needs comm_backend "deepep" and autoep_size above 1',
+    ),
+    ({"comm_backend": "deepep"}, 'comm_backend = "deepep" needs comm_max_tokens_per_rank above 0'),
+    (
+        {
+            "comm_backend": "deepep",
+            "comm_max_tokens_per_rank": 1,
+            "autoep_size": 2,
+            "combine_impl": "fused_weighted_sum",
+        },
+        'combine_impl = "fused_weighted_sum" does nothing under comm_backend "deepep"',
+    ),
+    (
+        {"combine_impl": "fused_weighted_sum", "score_apply": "pre"},
+        'combine_impl = "fused_weighted_sum" needs score_apply',
+    ),
+    ({"num_expert_groups": 2, "num_limited_groups": 3}, "num_limited_groups = 3 is more than num_expert_groups = 2"),
+]
+
+
+@pytest.mark.parametrize(("keys", "words"), EP_WORDS)
+def test_expert_parallel_words(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
+    lines = problems_of(tmp_path, {"expert_parallel": {"enabled": True, **keys}})
+    assert len(lines) == 1
+    assert lines[0].startswith(f"expert_parallel.{words}")
+
+
+def test_forgotten_enabled(tmp_path: Path) -> None:
+    lines = problems_of(tmp_path, {"expert_parallel": {"autoep_size": 8}})
+    assert lines == ['expert_parallel.enabled: missing; DeepSpeed takes it as false; write "enabled": true']
+
+
+def test_autos_that_hf_or_deepspeed_fill(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"expert_parallel": {"enabled": True, "top_k": "auto", "score_func": "auto"}}
+    for place in (*ds_schema.AUTO_FILLED, "data_types.keep_in_fp32_modules"):
+        *path, key = place.split(".")
+        section = config
+        for part in path:
+            section = section.setdefault(part, {})
+        section[key] = "auto"
+    config["zero_optimization"]["stage"] = 3
+    config["fp16"]["enabled"] = False
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    assert load_ds_config(tmp_path / "ds.json").precision == "auto"
+
+
+# ------------------------------------------------------------- adapt_for_cpu
+
+
+def test_adapt_changes_only_what_is_needed() -> None:
+    plain = {"optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 2, "overlap_comm": True}, "bf16": {}}
+    adapted, lines = adapt_for_cpu(plain)
+    assert (adapted, lines) == (plain, [])
+    assert adapted["zero_optimization"] is not plain["zero_optimization"]
+
+
+def test_adapt_says_each_change() -> None:
+    config = {
+        "bf16": {"enabled": True, "bf16_master_weights_and_grads": True},
+        "fp16": {"enabled": "auto"},
+        "torch_autocast": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "bf16", "param_dtype": "fp32"},
+        "communication_data_type": "bf16",
+        "optimizer": {"type": "AdamW", "params": {"lr": 1.0}},
+        "expert_parallel": {
+            "comm_backend": "deepep",
+            "row_weighting_impl": "fused",
+            "combine_impl": "fused_weighted_sum",
+            "async_split_plan": True,
+        },
+        "compile": {"deepcompile": True},
+    }
+    before = json.dumps(config)
+    adapted, lines = adapt_for_cpu(config)
+    assert json.dumps(config) == before
+    assert [line.split(" (")[0] for line in lines] == [
+        "cpu: bf16.enabled true -> false",
+        "cpu: bf16.bf16_master_weights_and_grads true -> false",
+        'cpu: fp16.enabled "auto" -> false',
+        "cpu: torch_autocast.enabled true -> false",
+        'cpu: data_types.grad_accum_dtype "bf16" -> "fp32"',
+        'cpu: communication_data_type "bf16" -> "fp32"',
+        "cpu: optimizer.params.torch_adam absent -> true",
+        'cpu: expert_parallel.comm_backend "deepep" -> "comm"',
+        'cpu: expert_parallel.row_weighting_impl "fused" -> "auto"',
+        'cpu: expert_parallel.combine_impl "fused_weighted_sum" -> "auto"',
+        "cpu: expert_parallel.async_split_plan true -> false",
+        "cpu: compile.deepcompile true -> false",
+    ]
+    assert all(line.endswith(")") for line in lines)
+    assert adapt_for_cpu(adapted) == (adapted, [])
+
+
+def test_adapt_refuses_an_optimizer_without_cpu_version() -> None:
+    with pytest.raises(UserError, match=r'optimizer\.type = "Lamb": .* nothing for CPU processes; use AdamW'):
+        adapt_for_cpu({"optimizer": {"type": "Lamb"}})
+
+
+# ------------------------------------------- the data against the installed DeepSpeed
+
+
+def test_top_level_keys_are_those_that_deepspeed_asks_for() -> None:
+    runtime = pytest.importorskip("deepspeed.runtime.config")
+    asked: set[str] = set()
+
+    class Recorder(dict):
+        def get(self, key: str, default: Any = None) -> Any:
+            asked.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            asked.add(str(key))
+            return super().__contains__(key)
+
+        def __getitem__(self, key: str) -> Any:
+            asked.add(key)
+            return super().__getitem__(key)
+
+        def keys(self) -> Any:
+            return self
+
+    runtime.DeepSpeedConfig(Recorder(train_batch_size=1))
+    assert asked - ds_schema.REMOVED_KEYS - {"bfloat16"} <= ds_schema.TOP_LEVEL_KEYS
+    # The two that deepspeed.initialize reads itself.
+    assert ds_schema.TOP_LEVEL_KEYS - asked <= {"sequence_parallel_size", "data_parallel_size"}
+    assert set(runtime._REMOVED_TOP_LEVEL_CONFIG_KEYS) == ds_schema.REMOVED_KEYS
+    assert set(runtime._REMOVED_ZERO_CONFIG_KEYS) == ds_schema.REMOVED_ZERO_KEYS
+
+
+def test_section_keys_exist_in_deepspeed() -> None:
+    constants = pytest.importorskip("deepspeed.runtime.constants")
+    words = {value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)}
+    for section, keys in ds_schema.SECTION_KEYS.items():
+        assert set(keys) <= words, section
+
+
+def test_expert_parallel_is_deepspeeds_section() -> None:
+    base = pytest.importorskip("deepspeed.module_inject.auto_ep_presets.base")
+    parse = pytest.importorskip("deepspeed.module_inject.auto_ep_config").parse_autoep_config
+    theirs = {field.name for field in dataclasses.fields(base.AutoEPConfig) if not field.name.startswith("_")}
+    ours = ExpertParallel.model_fields
+    assert set(ours) == theirs
+    assert all(field.description for field in ours.values())
+    defaults = parse({"enabled": False})
+    for name, field in ours.items():
+        if name not in ("enabled", "expert_w3"):  # required here; absent and null differ there
+            assert getattr(defaults, name) == field.default, name
+    registry = pytest.importorskip("deepspeed.module_inject.auto_ep_presets.registry")
+    experts = pytest.importorskip("deepspeed.moe.ep_experts")
+    ours_too = {"olmoe"}  # moe_models.autoep registers it, if another test ran before this one
+    assert set(get_args(ds_schema.AutoEPPreset)) == set(registry.available_preset_names()) - ours_too
+    assert set(get_args(ds_schema.ExpertActivation)) == set(experts.EXPERT_ACTIVATIONS)
+
+
+def test_choices_are_deepspeeds() -> None:
+    auto_ep = pytest.importorskip("deepspeed.module_inject.auto_ep_config")
+    for name in ("score_apply", "score_func", "combine_impl", "row_weighting_impl", "gate_up_impl", "comm_backend"):
+        config = auto_ep.parse_autoep_config({"enabled": True, name: "no such choice"})
+        with pytest.raises(ValueError, match=name) as caught:
+            auto_ep.validate_autoep_config(config, 1, 1, 1, 1)
+        for choice in get_args(ExpertParallel.model_fields[name].annotation):
+            assert repr(choice) in str(caught.value)
+
+
+def test_auto_places_are_those_hf_fills() -> None:
+    deepspeed = pytest.importorskip("transformers.integrations.deepspeed")
+    source = Path(deepspeed.__file__).read_text()
+    filled = set(re.findall(r'fill_(?:match|only)\(\s*"([\w.]+)"', source))
+    assert filled == set(ds_schema.AUTO_FILLED)
+
+
+def test_importing_costs_neither_torch_nor_deepspeed() -> None:
+    code = "import sys; import moe_models.config; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
