@@ -1,0 +1,106 @@
+"""Turn a DeepSpeed checkpoint that training wrote into a complete Hugging Face folder. No GPU, no launcher.
+
+    python recipes/export.py --checkpoint out/mixtral/checkpoint-500 --output_dir out/mixtral-500
+    python recipes/export.py --checkpoint out/mixtral/checkpoint-500 --output_dir out/mixtral-500 --max_shard_size 2GB
+
+Every expert is collected from the files of all ranks, ZeRO partitions are joined, and the weights are written in the
+hub's names and layout, with config.json, tokenizer and generation config. The folder appears under its name only when
+nothing is missing, no shape is wrong and every value is finite. It is byte for byte what the running training would
+have exported at that step. Memory: one stacked projection of one layer and one shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from moe_models.errors import UserError, exit_with
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading files needs no GPU
+
+
+def main() -> int:
+    """Check, read, write, summarise."""
+    arguments = parse()
+    try:
+        run(arguments.checkpoint, arguments.output_dir, arguments.max_shard_size)
+    except UserError as error:
+        exit_with(error)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint-N folder that training wrote")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the Hugging Face folder appears")
+    parser.add_argument(
+        "--max_shard_size", default="5GB", help="largest safetensors file, as 5GB or 500MB (default 5GB)"
+    )
+    return parser.parse_args()
+
+
+def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
+    """Export ``checkpoint`` to ``output_dir``. Raises UserError for input that cannot work."""
+    from moe_models.families import FAMILIES
+    from moe_models.hf_folder import ExportError, parse_size, refuse_foreign_folder
+    from moe_models.inputs import read_model_config
+
+    problems: list[str] = []
+    max_shard_bytes = 0
+    try:
+        max_shard_bytes = parse_size(max_shard_size)
+    except ValueError as error:
+        problems.append(f"--max_shard_size {error}")
+    try:
+        refuse_foreign_folder(output_dir)
+    except ExportError as error:
+        problems.append(f"--output_dir {error}")
+    family = None
+    if not checkpoint.is_dir():
+        problems.append(f"--checkpoint {checkpoint}: no such folder; give a checkpoint-N folder that training wrote")
+    else:
+        try:
+            model_type = read_model_config(checkpoint).get("model_type")
+            family = FAMILIES.get(str(model_type))
+            if family is None:
+                problems.append(f"{checkpoint}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
+        except UserError as error:
+            problems += error.problems
+    if problems or family is None:
+        raise UserError(problems)
+
+    from rich.progress import Progress
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    from moe_models.checkpoint import export
+    from moe_models.checkpoint_folder import FolderSource
+
+    source = FolderSource(checkpoint, family)
+    has_generation_config = (checkpoint / "generation_config.json").exists()
+    has_tokenizer = (checkpoint / "tokenizer_config.json").exists()
+    try:
+        with Progress(transient=True) as bar:
+            task = bar.add_task("export", total=None)
+            export(
+                source,
+                family,
+                AutoConfig.from_pretrained(checkpoint),
+                output_dir,
+                tokenizer=AutoTokenizer.from_pretrained(checkpoint) if has_tokenizer else None,
+                generation_config=GenerationConfig.from_pretrained(checkpoint) if has_generation_config else None,
+                max_shard_bytes=max_shard_bytes,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except (ExportError, KeyError) as error:
+        raise UserError(f"{checkpoint}: cannot be exported: {error}") from error
+    size = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
+    print(
+        f"{output_dir}: {size / 1e9:.2f} GB, {source.dtype}, complete; load it with from_pretrained({str(output_dir)!r})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""Fine-tune a Hugging Face MoE model with expert parallelism, and get a complete Hugging Face folder back.
+
+    # 8 GPUs; the layout is the JSON: swap it for another one and nothing else changes
+    deepspeed --num_gpus 8 recipes/finetune.py --model_name_or_path mistralai/Mixtral-8x7B-v0.1 \\
+        --dataset_name my.jsonl --deepspeed ds_configs/zero1_ep8.json --output_dir out/mixtral
+
+    # go on after an interruption, from the last complete checkpoint
+    deepspeed --num_gpus 8 recipes/finetune.py ... --resume_from_checkpoint true
+
+    # no GPU: two CPU processes, for trying things out (precision and optimizer are adapted, and it says so)
+    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 recipes/finetune.py ... --deepspeed ds_configs/zero1_ep2.json
+
+Data: a hub id, a folder or a file (.txt, .jsonl, .json, .parquet) with `text`, `messages` (chat template; loss on the
+assistant's turns only with --assistant_only_loss), or `prompt` and `completion`. All other flags are those of TRL's
+SFTConfig and ModelConfig.
+
+Afterwards `OUTPUT_DIR/model` holds the whole model in the layout of the hub, reloaded and compared with the trained one
+before it got its name; `OUTPUT_DIR/checkpoint-N` resumes; `OUTPUT_DIR/summary.json` says what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_models.errors import UserError, exit_with
+
+# Torch renames of this year, said once per call by every rank; they are DeepSpeed's and accelerate's to follow.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+
+RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass
+class RecipeArguments:
+    """What this recipe adds to TRL's flags."""
+
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Held-out data (like --dataset_name): its loss is reported before and after training."},
+    )
+    export_max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of the exported model."})
+
+
+def main() -> int:
+    """Check, load, train, export, summarise."""
+    try:
+        script, recipe, args, model_args, ds = read_command_line(sys.argv[1:])
+        train_rows, eval_rows = load_data(script, recipe, args)
+    except UserError as error:
+        exit_with(error, rank=RANK)
+    from moe_models.hf_folder import ExportError
+    from moe_models.trainer import TrainingStoppedError
+
+    try:
+        trainer = build_trainer(recipe, args, model_args, train_rows, eval_rows)
+        resume = args.resume_from_checkpoint
+        trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+        evaluate_and_export(trainer, ds, eval_rows)
+    except UserError as error:
+        exit_with(error, rank=RANK)
+    except (TrainingStoppedError, ExportError) as error:
+        if RANK == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        leave_process_group()
+    return 0
+
+
+# ------------------------------------------------------------------------------------- everything that needs no weights
+
+
+def read_command_line(words: list[str]) -> tuple[Any, ...]:
+    """Parse the flags and check everything that JSON, config.json and world size can tell, before any weight is read.
+
+    Raises UserError with every problem found.
+    """
+    from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    from moe_models.config import adapt_for_cpu, load_ds_config
+    from moe_models.cpu import join_cpu_ranks, on_cpu
+    from moe_models.families import FAMILIES
+    from moe_models.preflight import (
+        check_dataset_path,
+        check_output_dir,
+        check_run,
+        read_model_config,
+        warnings_for_run,
+    )
+
+    parser = TrlParser((ScriptArguments, RecipeArguments, SFTConfig, ModelConfig), description=__doc__.split("\n\n")[0])
+    # Training text should not be cut where it is too long, progress should be kept, and experiments should be seen.
+    parser.set_defaults_with_config(packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True)
+    parser.error = _refuse  # type: ignore[method-assign]
+    words = [word for word in words if not word.startswith("--local_rank")]  # the launcher adds it
+    given, unknown = parser.parse_known_args(words)
+    problems = [f"{word}: no such flag; see --help" for word in unknown if word.startswith("-") and word != "--config"]
+    for flag in ("model_name_or_path", "dataset_name", "deepspeed", "output_dir"):
+        if not getattr(given, flag) and "--config" not in words:
+            problems.append(f"--{flag}: is required; see --help")
+    if problems:
+        raise UserError(problems)
+
+    ds, model_config = None, None
+    try:
+        ds = load_ds_config(given.deepspeed)
+    except UserError as error:
+        problems += error.problems
+    try:
+        model_config = read_model_config(given.model_name_or_path)
+    except UserError as error:
+        problems += error.problems
+    if ds is not None and model_config is not None:
+        problems += check_run(ds, model_config, WORLD_SIZE)
+    family = FAMILIES.get(str((model_config or {}).get("model_type")))
+    if ds is not None and model_config is not None and family is None and ds.expert_parallel is None:
+        problems.append(
+            f"model_type = {model_config.get('model_type')!r}: this recipe trains {', '.join(sorted(FAMILIES))}; "
+            "turn a dense model into one of them with recipes/upcycle.py"
+        )
+    problems += check_output_dir(given.output_dir, _resume(given.resume_from_checkpoint))
+    for name in (given.dataset_name, given.eval_dataset):
+        problems += check_dataset_path(name) if name else []
+    problems += _refused_flags(given, model_config or {})
+    if problems or ds is None:
+        raise UserError(problems)
+
+    words = [*words, "--bf16", str(_enabled(ds.deepspeed, "bf16")), "--fp16", str(_enabled(ds.deepspeed, "fp16"))]
+    deepspeed, notes = dict(ds.deepspeed), []
+    if on_cpu():
+        deepspeed, notes = adapt_for_cpu(deepspeed)
+        words += ["--bf16", "False", "--fp16", "False", "--dataloader_pin_memory", "False"]
+        words += ["--accelerator_config", json.dumps(join_cpu_ranks())]
+    # The JSON decides the layout; from here on DeepSpeed and HF see it as a value, our own section removed.
+    words[words.index("--deepspeed") + 1] = json.dumps(deepspeed)
+    try:
+        script, recipe, args, model_args = parser.parse_args_and_config(words)
+    except (ValueError, TypeError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    mismatches = args.hf_deepspeed_config.mismatches
+    if mismatches:
+        raise UserError([f'{ds.path}: {line.strip(" -")}; make them equal, or write "auto"' for line in mismatches])
+    if recipe.eval_dataset is None and args.eval_strategy == "no":
+        args.eval_on_start = False
+    if RANK == 0:
+        notes += [f"warning: {line}" for line in warnings_for_run(ds, model_config, WORLD_SIZE, on_gpu=not on_cpu())]
+        print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
+    return script, recipe, args, model_args, ds
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def _resume(value: str | None) -> bool | str | None:
+    return True if str(value).lower() == "true" else None if str(value).lower() in ("none", "false") else value
+
+
+def _enabled(deepspeed: dict[str, Any], section: str) -> bool:
+    return deepspeed.get(section, {}).get("enabled", False) is True
+
+
+def _refused_flags(given: Any, model_config: dict[str, Any]) -> list[str]:
+    """Flags of TRL that this recipe cannot honour, or that cannot fit the model."""
+    problems = []
+    if given.use_peft or given.load_in_4bit or given.load_in_8bit:
+        problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
+    if given.trust_remote_code:
+        problems.append("--trust_remote_code: not supported; every family of this recipe is part of transformers")
+    context = model_config.get("max_position_embeddings")
+    if given.max_length and context and given.max_length > context:
+        problems.append(f"--max_length {given.max_length}: longer than the model's context; use at most {context}")
+    from moe_models.hf_folder import parse_size
+
+    try:
+        parse_size(given.export_max_shard_size)
+    except ValueError as error:
+        problems.append(f"--export_max_shard_size {error}")
+    return problems
+
+
+def describe(ds: Any) -> str:
+    """The layout in one line."""
+    from moe_models.layout import Layout
+
+    name = Layout(WORLD_SIZE, ds.ep_size, ds.tp_size, ds.sp_size).describe(ds.zero_stage)
+    return f"{name}  ({ds.path})"
+
+
+# ------------------------------------------------------------------------------------------------- data, model, trainer
+
+
+def load_data(script: Any, recipe: Any, args: Any) -> tuple[Any, Any]:
+    """Training and held-out rows; rank 0 of each node prepares the cache that the others read."""
+    from moe_models.data import load_rows
+
+    options = {"config": script.dataset_config, "streaming": script.dataset_streaming}
+    with args.main_process_first(desc="reading the data"):
+        train_rows = load_rows(script.dataset_name, split=script.dataset_train_split, **options)
+        eval_rows = None
+        if recipe.eval_dataset is not None:
+            eval_rows = load_rows(recipe.eval_dataset, split=script.dataset_train_split)
+        elif args.eval_strategy != "no":
+            eval_rows = load_rows(script.dataset_name, split=script.dataset_test_split, **options)
+    return train_rows, eval_rows
+
+
+def build_trainer(recipe: Any, args: Any, model_args: Any, train_rows: Any, eval_rows: Any) -> Any:
+    """Read the weights and put the trainer together."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from moe_models.data import cut_rows
+    from moe_models.hf_folder import parse_size
+    from moe_models.meter import StepClock
+    from moe_models.trainer import MoETrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+    )
+    trainer = MoETrainer(
+        model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        max_shard_bytes=parse_size(recipe.export_max_shard_size),
+    )
+    trainer.clock = StepClock()
+    trainer.add_callback(trainer.clock)
+    if not args.packing:
+        cut, total = cut_rows(trainer.train_dataset, args.max_length)
+        if cut and RANK == 0:
+            print(
+                f"warning: {cut} of {total} rows reach --max_length {args.max_length} and were cut there; "
+                "--packing True splits long rows instead, a larger --max_length keeps more"
+            )
+    return trainer
+
+
+# ------------------------------------------------------------------------------------------------- export, and a summary
+
+
+def evaluate_and_export(trainer: Any, ds: Any, eval_rows: Any) -> None:
+    """Held-out loss after training, the exported model with its proof, and `summary.json`."""
+    from rich.progress import Progress
+
+    from moe_models.meter import peak_memory_gib
+    from moe_models.trainer import MODEL_FOLDER
+
+    if eval_rows is not None:
+        trainer.evaluate()
+    peak = peak_memory_gib()  # of training; the proof below holds a second model on rank 0
+    with Progress(disable=RANK != 0, transient=True) as bar:
+        task = bar.add_task("export", total=None)
+        trainer.export_progress = lambda done, total: bar.update(task, completed=done, total=total)
+        trainer.save_model()
+    if RANK != 0:
+        return
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    folder = Path(trainer.args.output_dir)
+    summary = {
+        "layout": describe(ds),
+        "world_size": WORLD_SIZE,
+        "device": trainer.args.device.type,
+        "dtype": str(trainer.model.dtype).removeprefix("torch."),
+        "steps": trainer.state.global_step,
+        "tokens_per_second": round(trainer.clock.tokens_per_second(trainer._total_train_tokens), 1),
+        "peak_memory_gib": round(peak, 2),
+        "train_loss": losses[-1] if losses else None,
+        "eval_loss_before": held_out[0] if trainer.args.eval_on_start and held_out else None,
+        "eval_loss_after": held_out[-1] if held_out else None,
+        "verified": asdict(trainer.last_proof),
+        "checkpoint": str(folder / MODEL_FOLDER),
+    }
+    temporary = folder / ".summary.json"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(temporary, folder / "summary.json")
+    print_summary(summary)
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The closing lines of a run."""
+    proof = summary["verified"]
+    held_out = [loss for loss in (summary["eval_loss_before"], summary["eval_loss_after"]) if loss is not None]
+    lines = {
+        "layout": summary["layout"],
+        "speed": f"{summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_gib']} GiB per process",
+        "held-out loss": " -> ".join(f"{loss:.4f}" for loss in held_out),
+        "model": f"{summary['checkpoint']}  (reloaded: no key missing, logits within "
+        f"{proof['max_logit_difference']:.1e} of the trained model's, same top token at {proof['same_top1']:.0%})",
+    }
+    if not held_out:
+        del lines["held-out loss"]
+    print(*(f"{name:14}{text}" for name, text in lines.items()), sep="\n", flush=True)
+
+
+def leave_process_group() -> None:
+    """Close the process group, so that the launcher ends without warnings."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
