@@ -22,6 +22,8 @@ def join_cpu_ranks() -> dict[str, Any]:
     from accelerate import PartialState
 
     os.environ["DS_ACCELERATOR"] = "cpu"
+    if "OMP_NUM_THREADS" not in os.environ:  # every rank would take all cores, and they would wait for each other
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     previous = os.environ.get("ACCELERATE_USE_DEEPSPEED")
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")

@@ -13,9 +13,9 @@ from moe_models.hf_folder import ExportError, without_zero3
 PROBE_SHAPE = (2, 48)
 """Sequences and tokens of the probe; enough for every expert of a common layer to be chosen."""
 
-# Largest allowed |difference| of logits over their largest magnitude. fp32: only the order of summation differs. 16 bit:
-# one rounding (2^-8 for bf16) per layer and projection, at random, and a token whose two best experts tie may take the
-# other one. A lost or swapped expert moves logits by the order of their own size.
+# Largest allowed |difference| of logits over their largest magnitude. In fp32 only the order of summation differs. In
+# 16 bit there is one rounding (2^-8 for bf16) per layer and projection, at random, and a token whose two best experts
+# tie may take the other one. A lost or swapped expert moves logits by the order of their own size.
 RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 
 

@@ -97,9 +97,7 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
     except (ExportError, KeyError) as error:
         raise UserError(f"{checkpoint}: cannot be exported: {error}") from error
     size = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
-    print(
-        f"{output_dir}: {size / 1e9:.2f} GB, {source.dtype}, complete; load it with from_pretrained({str(output_dir)!r})"
-    )
+    print(f"{output_dir}: {size / 1e9:.2f} GB, {source.dtype}, complete; load it with from_pretrained")
 
 
 if __name__ == "__main__":

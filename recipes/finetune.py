@@ -132,7 +132,8 @@ def read_command_line(words: list[str]) -> tuple[Any, ...]:
     if problems or ds is None:
         raise UserError(problems)
 
-    words = [*words, "--bf16", str(_enabled(ds.deepspeed, "bf16")), "--fp16", str(_enabled(ds.deepspeed, "fp16"))]
+    if ds.precision != "auto":  # the JSON decides; HF wants to hear it too
+        words = [*words, "--bf16", str(ds.precision == "bf16"), "--fp16", str(ds.precision == "fp16")]
     deepspeed, notes = dict(ds.deepspeed), []
     if on_cpu():
         deepspeed, notes = adapt_for_cpu(deepspeed)
@@ -150,7 +151,9 @@ def read_command_line(words: list[str]) -> tuple[Any, ...]:
     if recipe.eval_dataset is None and args.eval_strategy == "no":
         args.eval_on_start = False
     if RANK == 0:
-        notes += [f"warning: {line}" for line in warnings_for_run(ds, model_config, WORLD_SIZE, on_gpu=not on_cpu())]
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+        warned = warnings_for_run(ds, model_config, WORLD_SIZE, per_node, on_gpu=not on_cpu())
+        notes += [f"warning: {line}" for line in warned]
         print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
     return script, recipe, args, model_args, ds
 
@@ -161,10 +164,6 @@ def _refuse(message: str) -> None:
 
 def _resume(value: str | None) -> bool | str | None:
     return True if str(value).lower() == "true" else None if str(value).lower() in ("none", "false") else value
-
-
-def _enabled(deepspeed: dict[str, Any], section: str) -> bool:
-    return deepspeed.get(section, {}).get("enabled", False) is True
 
 
 def _refused_flags(given: Any, model_config: dict[str, Any]) -> list[str]:
