@@ -5,12 +5,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 from tests.cluster import Cluster
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out (as deselected, which the summary counts) what asks for more GPUs, or for the conformance run."""
+    wanted = "conformance" in (config.getoption("-m") or "")
+    kept, left_out = [], []
+    for item in items:
+        gpu = item.get_closest_marker("gpu")
+        fits = gpu is None or torch.cuda.device_count() >= gpu.args[0]
+        fits = fits and (wanted or item.get_closest_marker("conformance") is None)
+        (kept if fits else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")

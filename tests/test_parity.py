@@ -9,7 +9,7 @@ factor of ten. A planted fault moves them by orders of magnitude (test_planted_f
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,10 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[s
 
 
 def check_case(
-    cluster: Cluster, references: Callable[..., Any], source: Path, out: Path, config: dict, accumulation: int, **options: Any
+    cluster: Cluster, references: Callable[..., Any], source: Path, out: Path, config: dict, accumulation: int,
+    run: Callable[..., Any] = parity.train_case, **options: Any
 ) -> dict[str, Any]:  # fmt: skip
-    results = cluster.run(parity.train_case, str(source), str(out), config, accumulation, **options)
+    results = cluster.run(run, str(source), str(out), config, accumulation, **options)
     batches = [result["batches"] for result in results]
     assert all(len(per_rank) == parity.STEPS * accumulation for per_rank in batches)
     assert batches[0] != batches[1], "the ranks must train on different data"
@@ -77,10 +78,26 @@ def check_case(
     return ours
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize(("world_size", "ep_size"), LAYOUTS)
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("model_type", sorted(TINY))
+def matrix() -> list[Any]:
+    """Every family x ZeRO stage x layout x accumulation: 144 cases, of which the default run takes 54.
+
+    All of Mixtral, and a quarter of each other family, chosen so that the quarters differ: each stage, layout and
+    accumulation occurs with each family at least once. `pytest -m conformance` adds the rest.
+    """
+    cases = []
+    for number, model_type in enumerate(sorted(TINY)):
+        for stage in (1, 2, 3):
+            for index, (world_size, ep_size) in enumerate(LAYOUTS):
+                for accumulation in (1, 2):
+                    default = model_type == "mixtral" or (number + stage + index + 2 * accumulation) % 4 == 0
+                    marks = () if default else pytest.mark.conformance
+                    name = f"{model_type}-zero{stage}-{world_size}ranks-ep{ep_size}-acc{accumulation}"
+                    values = (model_type, stage, world_size, ep_size, accumulation)
+                    cases.append(pytest.param(*values, id=name, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(("model_type", "stage", "world_size", "ep_size", "accumulation"), matrix())
 def test_training_equals_hugging_face(
     model_type: str,
     stage: int,
@@ -95,3 +112,74 @@ def test_training_equals_hugging_face(
     source = tiny_checkpoints(model_type)
     config = parity.ds_config(stage, ep_size)
     check_case(clusters(world_size), references, source, tmp_path, config, accumulation)
+
+
+def test_the_same_command_with_each_json_gives_the_same_curve(
+    clusters: Callable[[int], Cluster], tiny_checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Swapping the JSON changes the layout and nothing else: same batches, same losses, same norms, no EP included."""
+    curves = {}
+    for stage, ep_size in ((3, None), (1, 4), (2, 2), (3, 2)):
+        config = parity.ds_config(stage, ep_size)
+        out = tmp_path / f"{stage}-{ep_size}"
+        result = clusters(4).run(parity.train_case, str(tiny_checkpoints("mixtral")), str(out), config)[0]
+        curves[stage, ep_size] = result
+    baseline = curves[3, None]
+    for layout, result in curves.items():
+        assert result["batches"] == baseline["batches"], layout
+        assert relative(result["loss"], baseline["loss"]) < LOSS_TOLERANCE, layout
+        assert relative(result["grad_norm"], baseline["grad_norm"]) < NORM_TOLERANCE, layout
+
+
+FAULTS = ("aux loss doubled", "experts left out of the norm", "only rank 0's experts exported")
+
+
+def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """`parity.train_case` on a rank where one thing is wrong, in the ways stacks of this field got it wrong."""
+    import torch
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    from moe_models import checkpoint
+    from moe_models.trainer import MoETrainer
+
+    def double_aux_loss(self: Any, *a: Any, **k: Any) -> Any:
+        self.router_aux_loss_coef *= 1.0 if hasattr(self, "doubled") else 2.0
+        self.doubled = True
+        return compute_loss(self, *a, **k)
+
+    def norm_without_experts(self: Any, gradients: Any, params: Any, *a: Any, **k: Any) -> Any:
+        norm = get_norm(self, gradients, params, *a, **k)
+        return norm * 0.0 if not getattr(params[0], "allreduce", True) else norm
+
+    def rank_0_twice(local: torch.Tensor, ep_group: Any) -> torch.Tensor | None:
+        return torch.cat([local.cpu()] * 2) if checkpoint.is_writer() else None
+
+    compute_loss, get_norm = MoETrainer.compute_loss, DeepSpeedZeroOptimizer.get_grad_norm_direct
+    owner, name, wrong = {
+        FAULTS[0]: (MoETrainer, "compute_loss", double_aux_loss),
+        FAULTS[1]: (DeepSpeedZeroOptimizer, "get_grad_norm_direct", norm_without_experts),
+        FAULTS[2]: (checkpoint, "_gather_to_writer", rank_0_twice),
+    }[fault]
+    right = getattr(owner, name)
+    setattr(owner, name, wrong)
+    try:
+        return parity.train_case(*args, **kwargs)
+    finally:
+        setattr(owner, name, right)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(
+    fault: str,
+    clusters: Callable[[int], Cluster],
+    tiny_checkpoints: Callable[[str], Path],
+    references: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """The bounds above are worth something: each of these faults, planted for one run, breaks them."""
+    source, config = tiny_checkpoints("mixtral"), parity.ds_config(1, 2)
+    message = "differs from the trained one" if fault == FAULTS[2] else "assert .* < "
+    with pytest.raises(AssertionError, match=message):
+        check_case(
+            clusters(2), references, source, tmp_path, config, 1, run=partial(train_with_fault, fault), timeout=60
+        )
