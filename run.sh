@@ -53,7 +53,7 @@ quickstart)
   ;;
 finetune)
   gpus=${GPUS:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
-  exec "$venv/bin/deepspeed" --num_gpus "$gpus" "$here/recipes/finetune.py" "$@"
+  exec "$venv/bin/deepspeed" --quiet --num_gpus "$gpus" "$here/recipes/finetune.py" "$@"
   ;;
 upcycle | export)
   exec "$python" "$here/recipes/$verb.py" "$@"

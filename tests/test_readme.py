@@ -1,0 +1,110 @@
+"""Every command that the README shows is run, with its big names replaced by small things."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import free_port
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands() -> list[str]:
+    """The lines of README's bash blocks, continuation lines joined, comments dropped."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the commands need, with a tiny Mixtral, a tiny Llama and a few rows of text."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.parity import tokenizer
+    from tests.tiny import save_tiny
+
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("ds_configs", "recipes", "run.sh", "pyproject.toml", "moe_models", *ROOT.glob("requirements*.txt")):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, folder / source.name)
+    save_tiny(folder / "tiny-mixtral", "mixtral", num_local_experts=8)
+    tokenizer().save_pretrained(folder / "tiny-mixtral")
+    torch.manual_seed(0)
+    llama = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    LlamaForCausalLM(llama).save_pretrained(folder / "models" / "dense")
+    tokenizer().save_pretrained(folder / "models" / "dense")
+    rows = ({"input_ids": [3 + (i * k) % 61 for i in range(24)]} for k in range(1, 33))
+    (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # run.sh would install into a .venv here; this test's interpreter has everything already.
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for name in ("python", "deepspeed"):
+        target = Path(sys.executable).with_name(name)
+        script = folder / ".venv" / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(target))} "$@"\n')
+        script.chmod(0o755)
+    for mark, files in {"main": ["requirements.txt"]}.items():
+        text = "".join((folder / file).read_text() for file in files) + (folder / "pyproject.toml").read_text()
+        sum_ = subprocess.run(["cksum"], input=text, capture_output=True, text=True, check=True).stdout.strip()
+        (folder / ".venv" / f".installed-{mark}").write_text(sum_ + "\n")
+    return folder
+
+
+def shrink(command: str) -> str:
+    """The same command for two CPU processes and a model of a few thousand parameters."""
+    small = {
+        "GPUS=8": "GPUS=2",
+        "mistralai/Mixtral-8x7B-v0.1": "tiny-mixtral",
+        "zero1_ep8.json": "zero1_ep2.json",
+        "checkpoint-500": "checkpoint-2",
+        "./run.sh finetune": f"./run.sh finetune --max_steps {4 if 'resume' in command else 2} --save_steps 2 "
+        "--max_length 32 --report_to none",
+    }
+    for big, little in small.items():
+        command = command.replace(big, little)
+    return command
+
+
+def test_readme_commands_run(workplace: Path) -> None:
+    """In the order of the README, each may use what the one before left."""
+    shown = commands()
+    run = [command for command in shown if "run.sh " in command and "run.sh test" not in command]
+    # The quickstart has a test of its own, and `./run.sh test` is this run.
+    assert set(shown) - set(run) == {"./run.sh", "./run.sh test"}
+    assert len(run) >= 4
+    env = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    env["MASTER_PORT"] = str(free_port())
+    for command in run:
+        done = subprocess.run(
+            ["bash", "-c", shrink(command)], cwd=workplace, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    from transformers import AutoModelForCausalLM
+
+    for folder in ("out/mixtral/model", "out/moe", "out/mixtral-500"):
+        assert AutoModelForCausalLM.from_pretrained(workplace / folder).config.num_local_experts == 8
+
+
+def test_readme_names_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:recipes|moe_models|ds_configs|tests|benchmarks)/[\w./]*)`", text))
+    linked = {target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target}
+    assert named
+    for name in sorted(named | linked):
+        assert (ROOT / name).exists(), name
