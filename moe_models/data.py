@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,67 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train", str
     import datasets
 
     path = Path(name)
+    where = f"data set {name}, split {split!r}"
     try:
         if path.is_file():
-            options: dict[str, Any] = {"sample_by": "document"} if path.suffix == ".txt" else {}
-            rows = datasets.load_dataset(
-                _READERS[path.suffix], data_files={split: str(path)}, split=split, streaming=streaming, **options
-            )
+            _require_split(where, split, ["train"])
+            options = _text_options([path])
+            reader = _READERS[path.suffix]
+            rows = datasets.load_dataset(reader, data_files=str(path), split="train", streaming=streaming, **options)
         elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(str(path))
+            _require_split(where, split, list(loaded) if isinstance(loaded, dict) else ["train"])
             rows = loaded[split] if isinstance(loaded, dict) else loaded
         else:
-            rows = datasets.load_dataset(name, name=config, split=split, streaming=streaming)
+            options = _text_options(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else {}
+            rows = datasets.load_dataset(name, name=config, split=split, streaming=streaming, **options)
+        first = next(iter(rows), None)
+    except UserError:
+        raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"data set {name}, split {split!r}: cannot be read ({reason[:200]})") from error
-    first = next(iter(rows), None)
+        # datasets wraps the parser's own words, which say where in the file
+        if "corresponds to no data" in str(error):  # what datasets makes of a file without rows
+            raise UserError(_no_rows(where)) from error
+        reason = str(error.__cause__ or error)
+        reason = next((line for line in reason.splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{where}: cannot be read ({reason[:200]})") from error
     if first is None:
-        raise UserError(f"data set {name}, split {split!r}: has no rows; give one with at least one row")
-    if not any(set(columns) <= set(first) for columns in FORMATS.values()):
+        raise UserError(_no_rows(where))
+    fitting = [columns for columns in FORMATS.values() if set(columns) <= set(first)]
+    if not fitting:
         known = "; ".join(f"{label}: {', '.join(columns)}" for label, columns in FORMATS.items())
         raise UserError(f"data set {name}: has columns {', '.join(first)}; one of these is needed: {known}")
+    if not streaming:
+        _refuse_wrong_values(where, rows, fitting[0])
     return rows
+
+
+def _no_rows(where: str) -> str:
+    return f"{where}: has no rows; give one with at least one row"
+
+
+def _require_split(where: str, split: str, there: list[str]) -> None:
+    if split not in there:
+        raise UserError(f"{where}: no such split; it has {', '.join(map(repr, there))}")
+
+
+def _text_options(paths: Iterable[Path]) -> dict[str, Any]:
+    """One row per file, not per line, where all files are .txt."""
+    return {"sample_by": "document"} if {path.suffix for path in paths} == {".txt"} else {}
+
+
+def _refuse_wrong_values(where: str, rows: Any, columns: tuple[str, ...]) -> None:
+    """Nulls, and text that is something else, which the tokenizer would meet in the middle of its work."""
+    for column in columns:
+        stored = rows.with_format("arrow")[column] if rows._indices is not None else rows.data.column(column)
+        nulls = stored.null_count
+        if nulls:
+            raise UserError(f"{where}: {column} is null in {nulls} of {len(rows)} rows; remove them")
+        kind = str(stored.type)
+        allowed = ("string", "large_string", "list", "large_list", "struct")
+        if not kind.startswith(allowed[2:] if column in ("messages", "input_ids") else allowed):
+            wanted = {"messages": "a list of turns", "input_ids": "a list of token ids"}.get(column, "text")
+            raise UserError(f"{where}: {column} holds {kind}; it must be {wanted}")
 
 
 def cut_rows(rows: Any, max_length: int | None) -> tuple[int, int]:
@@ -66,3 +107,14 @@ def cut_rows(rows: Any, max_length: int | None) -> tuple[int, int]:
         return 0, 0
     lengths = [len(ids) for ids in rows["input_ids"]]
     return sum(length >= max_length for length in lengths), len(lengths)
+
+
+def check_chat_template(tokenizer: Any, rows: Any, name: str) -> None:
+    """Raise UserError if the rows are conversations and the tokenizer of model ``name`` cannot write them as text."""
+    from trl.data_utils import is_conversational
+
+    if tokenizer.chat_template is None and is_conversational(next(iter(rows))):
+        raise UserError(
+            f"{name}: the data set holds conversations, and the tokenizer has no chat template; give one with "
+            "--chat_template_path (a file, or a model folder whose tokenizer has one), or use data with `text`"
+        )

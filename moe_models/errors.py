@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 from typing import NoReturn
 
 EXIT_WRONG_INPUT = 2
 """Exit code of every recipe for input that cannot work (the same code argparse uses)."""
+SECONDS_FOR_RANK_0 = 10
+"""How long the other ranks wait for rank 0 to say what is wrong; it ends the wait by exiting."""
 
 
 class UserError(ValueError):
@@ -21,10 +24,22 @@ class UserError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-def exit_with(error: UserError, *, rank: int = 0) -> NoReturn:
-    """Print the problems to stderr (on ``rank`` 0 only, so that N ranks say it once) and exit with code 2."""
+def tell(problems: Iterable[str], *, rank: int = 0) -> bool:
+    """Print the problems to stderr, on ``rank`` 0 only, so that N ranks say it once. Returns whether there are any."""
+    problems = list(problems)
     if rank == 0:
-        for problem in error.problems:
+        for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.stderr.flush()
-    sys.exit(EXIT_WRONG_INPUT)
+    return bool(problems)
+
+
+def exit_with(error: UserError, *, rank: int = 0, code: int = EXIT_WRONG_INPUT) -> NoReturn:
+    """Tell the problems and exit with ``code``.
+
+    The launcher stops all ranks as soon as one has failed, so the others leave rank 0 the time to speak.
+    """
+    tell(error.problems, rank=rank)
+    if rank != 0:
+        time.sleep(SECONDS_FOR_RANK_0)
+    sys.exit(code)

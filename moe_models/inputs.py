@@ -47,17 +47,24 @@ def check_output_dir(path: str | Path, resume: bool | str | None = None) -> list
     path = Path(path)
     if path.exists() and not path.is_dir():
         return [f"--output_dir {path}: is a file; give a folder"]
+    there = [p for p in path.glob("checkpoint-*") if (p / "trainer_state.json").is_file()] if path.is_dir() else []
     if isinstance(resume, str):
-        return [] if Path(resume).is_dir() else [f"--resume_from_checkpoint {resume}: no such checkpoint folder"]
-    if resume:
-        if not any(path.glob("checkpoint-*")):
+        if not Path(resume).is_dir():
+            return [f"--resume_from_checkpoint {resume}: no such checkpoint folder"]
+        if not (Path(resume) / "trainer_state.json").is_file():
+            return [f"--resume_from_checkpoint {resume}: no trainer_state.json in it; give a checkpoint-N folder"]
+    elif resume:
+        if not there:
             return [
                 f"--output_dir {path}: nothing to resume from (no checkpoint-* in it); drop --resume_from_checkpoint"
+                + (" and remove that folder" if path.is_dir() and any(path.iterdir()) else "")
             ]
-    elif path.is_dir() and any(path.iterdir()):
+    elif there:
         return [
             f"--output_dir {path}: not empty; give another folder, or go on from it with --resume_from_checkpoint true"
         ]
+    elif path.is_dir() and any(path.iterdir()):
+        return [f"--output_dir {path}: not empty, and no checkpoint to go on from; give another folder, or remove it"]
     return []
 
 

@@ -33,6 +33,9 @@ from moe_models.proof import ExportProof, prove_folder, record_logits
 MODEL_FOLDER = "model"
 """Where ``save_model()`` without a folder puts the Hugging Face checkpoint, inside ``output_dir``."""
 
+STAGING_FOLDER = ".writing"
+"""Where a checkpoint grows, inside ``output_dir``, until it gets its name."""
+
 
 class TrainingStoppedError(RuntimeError):
     """The run ended itself to protect what it had; the message says why and what to do."""
@@ -66,6 +69,8 @@ class MoETrainer(SFTTrainer):
     # --- before the first step
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if is_writer():  # left by a run that was killed while it saved
+            shutil.rmtree(Path(self.args.output_dir) / STAGING_FOLDER, ignore_errors=True)
         prepared = super()._prepare_for_training(*args, **kwargs)
         section = (self.accelerator.state.deepspeed_plugin.deepspeed_config or {}).get("expert_parallel") or {}
         if section.get("enabled"):
@@ -105,17 +110,14 @@ class MoETrainer(SFTTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir: str = super()._get_output_dir(trial)
-        return os.path.join(run_dir, ".writing") if self._staging else run_dir
+        return os.path.join(run_dir, STAGING_FOLDER) if self._staging else run_dir
 
     _staging = False
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
-        staging = run_dir / ".writing"
+        staging = run_dir / STAGING_FOLDER
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if is_writer():
-            shutil.rmtree(staging, ignore_errors=True)  # left by a crash
-        self.accelerator.wait_for_everyone()
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
@@ -129,9 +131,9 @@ class MoETrainer(SFTTrainer):
         if is_writer():
             self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
             if (run_dir / name).exists():  # a resumed run passes this step again
-                shutil.rmtree(run_dir / name)
+                os.replace(run_dir / name, staging / "replaced")
             os.replace(staging / name, run_dir / name)
-            staging.rmdir()
+            shutil.rmtree(staging)
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -176,6 +178,9 @@ class MoETrainer(SFTTrainer):
 
     export_progress: Any = None
     """Called with (tensors done, tensors in all) on the writing rank; a recipe may set it."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: TRL's names the folder it came from, which is no hub id, as ``None``, for every checkpoint."""
 
     def _companions(self) -> dict[str, Any]:
         return {"tokenizer": self.processing_class, "generation_config": self.model.generation_config}

@@ -20,15 +20,17 @@ before it got its name; `OUTPUT_DIR/checkpoint-N` resumes; `OUTPUT_DIR/summary.j
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_models.errors import UserError, exit_with
+from moe_models.errors import UserError, exit_with, tell
 
 # Torch renames of this year, said once per call by every rank; they are DeepSpeed's and accelerate's to follow.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
@@ -60,17 +62,14 @@ def main() -> int:
 
     try:
         trainer = build_trainer(recipe, args, model_args, train_rows, eval_rows)
-        resume = args.resume_from_checkpoint
-        trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+        trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
         evaluate_and_export(trainer, ds, eval_rows)
     except UserError as error:
         exit_with(error, rank=RANK)
     except (TrainingStoppedError, ExportError) as error:
-        if RANK == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        leave_process_group()
+        exit_with(UserError(str(error)), rank=RANK, code=1)
+    # Not in a finally: a rank that fails alone must end at once, for only then does the launcher stop the others.
+    leave_process_group()
     return 0
 
 
@@ -80,74 +79,54 @@ def main() -> int:
 def read_command_line(words: list[str]) -> tuple[Any, ...]:
     """Parse the flags and check everything that JSON, config.json and world size can tell, before any weight is read.
 
-    Raises UserError with every problem found.
+    Raises UserError with every problem found. Paths come first, for they need no import that takes seconds: their
+    problems are said at once, and the rest follows.
     """
-    from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    words = [word for word in words if not word.startswith("--local_rank")]  # the launcher adds it
+    problems, model_config, json_is_sound = check_paths(words)
+    told = tell(problems, rank=RANK)
 
     from moe_models.config import adapt_for_cpu, load_ds_config
-    from moe_models.cpu import join_cpu_ranks, on_cpu
     from moe_models.families import FAMILIES
-    from moe_models.preflight import (
-        check_dataset_path,
-        check_output_dir,
-        check_run,
-        read_model_config,
-        warnings_for_run,
-    )
+    from moe_models.preflight import check_run, warnings_for_run
 
-    parser = TrlParser((ScriptArguments, RecipeArguments, SFTConfig, ModelConfig), description=__doc__.split("\n\n")[0])
-    # Training text should not be cut where it is too long, progress should be kept, and experiments should be seen.
-    parser.set_defaults_with_config(packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True)
-    parser.error = _refuse  # type: ignore[method-assign]
-    words = [word for word in words if not word.startswith("--local_rank")]  # the launcher adds it
-    given, unknown = parser.parse_known_args(words)
-    problems = [f"{word}: no such flag; see --help" for word in unknown if word.startswith("-") and word != "--config"]
-    for flag in ("model_name_or_path", "dataset_name", "deepspeed", "output_dir"):
-        if not getattr(given, flag) and "--config" not in words:
-            problems.append(f"--{flag}: is required; see --help")
-    if problems:
-        raise UserError(problems)
-
-    ds, model_config = None, None
-    try:
-        ds = load_ds_config(given.deepspeed)
-    except UserError as error:
-        problems += error.problems
-    try:
-        model_config = read_model_config(given.model_name_or_path)
-    except UserError as error:
-        problems += error.problems
+    parser, given, problems = parse_flags(words)
+    ds = None
+    if json_is_sound:
+        try:
+            ds = load_ds_config(given.deepspeed)
+        except UserError as error:
+            problems += error.problems
     if ds is not None and model_config is not None:
         problems += check_run(ds, model_config, WORLD_SIZE)
-    family = FAMILIES.get(str((model_config or {}).get("model_type")))
-    if ds is not None and model_config is not None and family is None and ds.expert_parallel is None:
-        problems.append(
-            f"model_type = {model_config.get('model_type')!r}: this recipe trains {', '.join(sorted(FAMILIES))}; "
-            "turn a dense model into one of them with recipes/upcycle.py"
-        )
-    problems += check_output_dir(given.output_dir, _resume(given.resume_from_checkpoint))
-    for name in (given.dataset_name, given.eval_dataset):
-        problems += check_dataset_path(name) if name else []
-    problems += _refused_flags(given, model_config or {})
-    if problems or ds is None:
+        if model_config.get("model_type") not in FAMILIES and ds.expert_parallel is None:
+            problems.append(
+                f"model_type = {model_config.get('model_type')!r}: this recipe trains {', '.join(sorted(FAMILIES))}; "
+                "turn a dense model into one of them with recipes/upcycle.py"
+            )
+    problems += refused_flags(given, model_config or {}, ds)
+    if problems or told or ds is None or model_config is None:
         raise UserError(problems)
 
-    if ds.precision != "auto":  # the JSON decides; HF wants to hear it too
-        words = [*words, "--bf16", str(ds.precision == "bf16"), "--fp16", str(ds.precision == "fp16")]
-    deepspeed, notes = dict(ds.deepspeed), []
+    from moe_models.cpu import join_cpu_ranks, on_cpu
+
+    values = vars(given)
+    notes: list[str] = []
+    # The JSON decides the layout and the precision; DeepSpeed and HF see it as a value, our own section removed.
+    values["deepspeed"] = ds.deepspeed
+    if ds.precision != "auto":
+        values |= {"bf16": ds.precision == "bf16", "fp16": ds.precision == "fp16"}
     if on_cpu():
-        deepspeed, notes = adapt_for_cpu(deepspeed)
-        words += ["--bf16", "False", "--fp16", "False", "--dataloader_pin_memory", "False"]
-        words += ["--accelerator_config", json.dumps(join_cpu_ranks())]
-    # The JSON decides the layout; from here on DeepSpeed and HF see it as a value, our own section removed.
-    words[words.index("--deepspeed") + 1] = json.dumps(deepspeed)
+        values["deepspeed"], notes = adapt_for_cpu(ds.deepspeed)
+        values |= {"bf16": False, "fp16": False, "dataloader_pin_memory": False}
+        values["accelerator_config"] = join_cpu_ranks()
     try:
-        script, recipe, args, model_args = parser.parse_args_and_config(words)
+        script, recipe, args, model_args = parser.parse_dict(values)
     except (ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     mismatches = args.hf_deepspeed_config.mismatches
     if mismatches:
-        raise UserError([f'{ds.path}: {line.strip(" -")}; make them equal, or write "auto"' for line in mismatches])
+        raise UserError(f'{ds.path}: {line.strip(" -")}; make them equal, or write "auto"' for line in mismatches)
     if recipe.eval_dataset is None and args.eval_strategy == "no":
         args.eval_on_start = False
     if RANK == 0:
@@ -158,16 +137,76 @@ def read_command_line(words: list[str]) -> tuple[Any, ...]:
     return script, recipe, args, model_args, ds
 
 
-def _refuse(message: str) -> None:
-    raise UserError(message)
+def check_paths(words: list[str]) -> tuple[list[str], dict[str, Any] | None, bool]:
+    """(problems with the flags that name files and folders, the model's config.json, whether the JSON can be read)."""
+    from moe_models.config import read_json
+    from moe_models.inputs import check_dataset_path, check_output_dir, read_model_config
+
+    required = ("model_name_or_path", "dataset_name", "deepspeed", "output_dir")
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in (*required, "eval_dataset", "resume_from_checkpoint"):
+        flags.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", dest=name)
+    given, _ = flags.parse_known_args(words)
+    if {"-h", "--help"} & set(words):
+        return [], None, False
+    problems = [f"--{name}: is required; see --help" for name in required if not getattr(given, name)]
+    if "RANK" not in os.environ:
+        problems.append("no RANK in the environment; start it as: deepspeed --num_gpus N recipes/finetune.py ...")
+    read: dict[str, Any] = {}
+    for name, path, reader in (
+        ("model", given.model_name_or_path, read_model_config),
+        ("json", given.deepspeed, read_json),
+    ):
+        try:
+            read |= {name: reader(path)} if path else {}
+        except UserError as error:
+            problems += error.problems
+    for name in (given.dataset_name, given.eval_dataset):
+        problems += check_dataset_path(name) if name else []
+    if given.output_dir:
+        problems += check_output_dir(given.output_dir, _resume(given.resume_from_checkpoint))
+    return problems, read.get("model"), "json" in read
 
 
-def _resume(value: str | None) -> bool | str | None:
-    return True if str(value).lower() == "true" else None if str(value).lower() in ("none", "false") else value
+def parse_flags(words: list[str]) -> tuple[Any, Any, list[str]]:
+    """(parser, what it understood, a line for every flag that it did not)."""
+    from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    kinds = (ScriptArguments, RecipeArguments, SFTConfig, ModelConfig)
+    parser = TrlParser(kinds, description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    # Training text should not be cut where it is too long, progress should be kept, and experiments should be seen.
+    parser.set_defaults_with_config(
+        packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None
+    )
+
+    def refuse(message: str) -> None:
+        raise UserError(message)
+
+    parser.error = refuse
+    problems: list[str] = []
+    while True:
+        try:
+            given, unknown = parser.parse_known_args(words)
+            break
+        except UserError as error:  # argparse stops at the first: note it, take that flag out, and go on
+            found = re.match(r"argument (--[\w-]+)(?:/[\w/-]+)?: (.*)", str(error), re.DOTALL)
+            start = next((i for i, word in enumerate(words) if found and word.split("=")[0] == found[1]), None)
+            if found is None or start is None:
+                raise
+            problems.append(f"{found[1]}: {' '.join(found[2].split())}")
+            end = next((i for i in range(start + 1, len(words)) if words[i].startswith("--")), len(words))
+            words = words[:start] + words[end:]
+    problems += [f"{word.split('=')[0]}: no such flag; see --help" for word in unknown if word.startswith("-")]
+    strays = [word for word in unknown if not word.startswith("-")]
+    if strays and not any(word.startswith("-") for word in unknown):
+        problems.append(f"{' '.join(strays)}: belongs to no flag; see --help")
+    return parser, given, problems
 
 
-def _refused_flags(given: Any, model_config: dict[str, Any]) -> list[str]:
-    """Flags of TRL that this recipe cannot honour, or that cannot fit the model."""
+def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str]:
+    """Flags of TRL that this recipe cannot honour, or that cannot fit the model or the JSON."""
+    from moe_models.hf_folder import parse_size
+
     problems = []
     if given.use_peft or given.load_in_4bit or given.load_in_8bit:
         problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
@@ -176,13 +215,24 @@ def _refused_flags(given: Any, model_config: dict[str, Any]) -> list[str]:
     context = model_config.get("max_position_embeddings")
     if given.max_length and context and given.max_length > context:
         problems.append(f"--max_length {given.max_length}: longer than the model's context; use at most {context}")
-    from moe_models.hf_folder import parse_size
-
+    for name in ("bf16", "fp16"):
+        if getattr(given, name) and ds is not None and ds.precision not in ("auto", name):
+            problems.append(
+                f'--{name}: the precision of {ds.path} is {ds.precision}; set {name}.enabled to true or "auto" there, '
+                f"or drop --{name}"
+            )
+    if given.dataset_streaming and given.max_steps <= 0:
+        problems.append("--dataset_streaming: the number of rows is not known then; set --max_steps")
     try:
         parse_size(given.export_max_shard_size)
     except ValueError as error:
         problems.append(f"--export_max_shard_size {error}")
     return problems
+
+
+def _resume(value: str | None) -> bool | str | None:
+    """What HF calls ``resume_from_checkpoint``: True is the last checkpoint of the output folder."""
+    return True if str(value).lower() == "true" else None if str(value).lower() in ("none", "false") else value
 
 
 def describe(ds: Any) -> str:
@@ -212,43 +262,60 @@ def load_data(script: Any, recipe: Any, args: Any) -> tuple[Any, Any]:
 
 
 def build_trainer(recipe: Any, args: Any, model_args: Any, train_rows: Any, eval_rows: Any) -> Any:
-    """Read the weights and put the trainer together."""
+    """Read the weights and put the trainer together. Raises UserError for a folder or data that do not fit together."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from moe_models.data import cut_rows
+    from moe_models.data import check_chat_template, cut_rows
     from moe_models.hf_folder import parse_size
     from moe_models.meter import StepClock
     from moe_models.trainer import MoETrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        attn_implementation=model_args.attn_implementation,
-        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
-    )
-    trainer = MoETrainer(
-        model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        max_shard_bytes=parse_size(recipe.export_max_shard_size),
-    )
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        if not args.chat_template_path:
+            check_chat_template(tokenizer, train_rows, name)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            attn_implementation=model_args.attn_implementation,
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, all of them by name
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # missing or damaged files, in the words of transformers
+        raise error if isinstance(error, UserError) else UserError(f"{name}: {' '.join(str(error).split())}") from error
+    absent = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
+    if absent:  # transformers would fill them with random numbers
+        raise UserError(
+            f"{name}: {len(absent)} weights are missing or incomplete ({', '.join(absent[:4])}); give the whole model"
+        )
+    try:
+        trainer = MoETrainer(
+            model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            max_shard_bytes=parse_size(recipe.export_max_shard_size),
+        )
+    except ValueError as error:  # flags that TRL finds at odds with each other or with the data
+        raise UserError(" ".join(str(error).split())) from error
     trainer.clock = StepClock()
     trainer.add_callback(trainer.clock)
     if not args.packing:
         cut, total = cut_rows(trainer.train_dataset, args.max_length)
         if cut and RANK == 0:
             print(
-                f"warning: {cut} of {total} rows reach --max_length {args.max_length} and were cut there; "
-                "--packing True splits long rows instead, a larger --max_length keeps more"
+                f"warning: {cut} of {total} rows fill --max_length {args.max_length}; what goes beyond it was cut off. "
+                "--packing True splits long rows instead, a larger --max_length keeps more",
+                flush=True,
             )
     return trainer
 
 
-# ------------------------------------------------------------------------------------------------- export, and a summary
+# ------------------------------------------------------------------------------------------------ export, and a summary
 
 
 def evaluate_and_export(trainer: Any, ds: Any, eval_rows: Any) -> None:

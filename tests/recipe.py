@@ -1,0 +1,190 @@
+"""Running recipes/finetune.py in tests: a tiny model folder with a real tokenizer, data files, and three ways to start.
+
+- :func:`launch` starts the ``deepspeed`` launcher (20 s): where several processes on one command line are the point;
+- :func:`run_alone` starts ``python recipes/finetune.py`` (5 s of imports): where the interpreter's start is the point;
+- :class:`ForkedRecipe` forks a process that has the imports behind it (0.3 s): for the many ways to be refused.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.cluster import free_port
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "recipes" / "finetune.py"
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": str(ROOT),
+    "PYTHONUNBUFFERED": "1",
+    "RANK": "0",  # what the launcher would set; it overwrites it
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '> ' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + ' <eos> ' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + ' <eos> ' }}{% endif %}{% endfor %}"
+)
+
+
+def word_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
+    """One token per word: ``w5`` to ``w63`` and the special ones, as many as the tiny models have ids."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"] + [f"w{i}" for i in range(5, 64)]
+    core = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def save_model(folder: Path, model_type: str = "mixtral", **overrides: Any) -> Path:
+    """A tiny random model with :func:`word_tokenizer` beside it."""
+    from tests.tiny import save_tiny
+
+    save_tiny(folder, model_type, **overrides)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def words(count: int, seed: int = 0) -> str:
+    """``count`` random words that the tokenizer knows."""
+    rng = random.Random(seed)
+    return " ".join(f"w{rng.randrange(5, 64)}" for _ in range(count))
+
+
+def text_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of 6 to 24 words."""
+    rng = random.Random(seed)
+    return [{"text": words(rng.randrange(6, 25), seed=rng.randrange(10**9))} for _ in range(count)]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(model: Path, data: Path, ds_config: Path, output_dir: Path, **flags: Any) -> list[str]:
+    """The words after ``finetune.py``; a flag with the value None is left out."""
+    given = {
+        "model_name_or_path": model,
+        "dataset_name": data,
+        "deepspeed": ds_config,
+        "output_dir": output_dir,
+        "max_length": 32,
+        **flags,
+    }
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended and what it said."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    def __str__(self) -> str:
+        return f"exit code {self.code}\n--- stdout\n{self.stdout[-6000:]}\n--- stderr\n{self.stderr[-6000:]}"
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that start with ``error: ``, without it."""
+        return [line.removeprefix("error: ") for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+
+def start_launcher(arguments: list[str], log: Path, world_size: int = 2) -> subprocess.Popen[str]:
+    """The ``deepspeed`` launcher in a process group of its own; stdout and stderr go to ``log`` and ``log``.err."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    launcher += ["--num_gpus", str(world_size), "--master_port", str(free_port())]
+    return subprocess.Popen(
+        [*launcher, str(SCRIPT), *arguments],
+        stdout=log.open("w"),
+        stderr=log.with_suffix(".err").open("w"),
+        env={**os.environ, **ENVIRONMENT},
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end_of(process: subprocess.Popen[str], log: Path, timeout: float) -> Ended:
+    """Wait for a launcher; one that does not end in time is killed with all its processes, and the test fails."""
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+        ended = Ended(-9, log.read_text(), log.with_suffix(".err").read_text())
+        raise AssertionError(f"did not end within {timeout:.0f} s: {ended}") from None
+    return Ended(code, log.read_text(), log.with_suffix(".err").read_text())
+
+
+def launch(arguments: list[str], folder: Path, world_size: int = 2, timeout: float = 150) -> Ended:
+    """Run under the launcher, to the end."""
+    log = folder / "launch.log"
+    return end_of(start_launcher(arguments, log, world_size), log, timeout)
+
+
+def run_alone(arguments: list[str], timeout: float = 90, **environment: str) -> Ended:
+    """Run ``python recipes/finetune.py`` without a launcher."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env={**os.environ, **ENVIRONMENT, **environment},
+        capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+class ForkedRecipe:
+    """Runs recipes/finetune.py in forks of one process that has imported what the recipe imports."""
+
+    def __init__(self) -> None:
+        os.environ.update(ENVIRONMENT)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.recipe", *HEAVY])
+
+    def __call__(self, arguments: list[str], timeout: float = 60, **environment: str) -> Ended:
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            process = self._context.Process(target=_run_script, args=(arguments, environment, out, err))
+            process.start()
+            process.join(timeout)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            ended = Ended(-9 if process.exitcode is None else process.exitcode, out.read_text(), err.read_text())
+        assert ended.code >= 0, f"did not end within {timeout:.0f} s: {ended}"
+        return ended
+
+
+HEAVY = ["trl", "trl.scripts.utils", "trl.trainer.sft_config", "trl.trainer.model_config", "deepspeed", "datasets"]
+"""Modules that the recipe imports before it reads weights."""
+
+
+def _run_script(arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+    for stream, path in ((sys.stdout, out), (sys.stderr, err)):
+        stream.flush()
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    os.environ.update({**ENVIRONMENT, **environment})
+    os.chdir(ROOT)
+    sys.argv = [str(SCRIPT), *arguments]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
