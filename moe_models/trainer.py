@@ -160,13 +160,14 @@ class MoETrainer(SFTTrainer):
             return
         folder = Path(output_dir or os.path.join(self.args.output_dir, MODEL_FOLDER))
         ids_BT, logits_BTV = record_logits(engine, self.source_config.vocab_size)
+        source = EngineSource(engine, self.family)
         self.last_proof = None
 
         def prove(staged: Path) -> None:
-            self.last_proof = prove_folder(staged, ids_BT, logits_BTV)
+            self.last_proof = prove_folder(staged, ids_BT, logits_BTV, source.fingerprints)
 
         export(
-            EngineSource(engine, self.family),
+            source,
             self.family,
             self.source_config,
             folder,
