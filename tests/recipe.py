@@ -35,7 +35,7 @@ ENVIRONMENT = {
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '> ' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + ' <eos> ' }}{% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + ' <eos>' }}{% endgeneration %}{{ ' ' }}"
     "{% else %}{{ message['content'] + ' <eos> ' }}{% endif %}{% endfor %}"
 )
 
@@ -188,3 +188,18 @@ def _run_script(arguments: list[str], environment: dict[str, str], out: Path, er
     os.chdir(ROOT)
     sys.argv = [str(SCRIPT), *arguments]
     runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+# ------------------------------------------------------------------------------ the recipe's own functions in a cluster
+
+
+def start_in_cluster(arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """(trainer, checked JSON, held-out rows, the script's names) on this rank, up to before ``trainer.train()``."""
+    from tests.parity import fresh_accelerate
+
+    fresh_accelerate()
+    script = runpy.run_path(str(SCRIPT), run_name="recipe")
+    flags, recipe, args, model_args, ds = script["read_command_line"](arguments)
+    train_rows, eval_rows = script["load_data"](flags, recipe, args)
+    trainer = script["build_trainer"](recipe, args, model_args, train_rows, eval_rows)
+    return trainer, ds, eval_rows, script
