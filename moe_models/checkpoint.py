@@ -302,7 +302,8 @@ def _together(action: Callable[[], T], *, slow: bool = False) -> T:
 
     def attempt() -> None:
         try:
-            outcome.append(action())
+            with torch.no_grad():  # in here: grad mode belongs to the thread
+                outcome.append(action())
         except Exception as error:
             problem.append(error)
 

@@ -128,6 +128,7 @@ class FolderSource:
             [self._expert_file(entry, e) for entry in self._layers.values() for e in range(entry["num_experts"])]
         )
 
+    @torch.no_grad()
     def dense(self, name: str) -> torch.Tensor:
         """See :class:`~moe_models.checkpoint.TensorSource`. Raises KeyError if the checkpoint has no such tensor."""
         stored = self._names[name]
@@ -137,6 +138,7 @@ class FolderSource:
             return self._join(stored, 0).to(kept.dtype)
         return kept
 
+    @torch.no_grad()
     def experts(self, block: str, projection: str) -> torch.Tensor:
         """See :class:`~moe_models.checkpoint.TensorSource`."""
         if block not in self._layers:
