@@ -77,6 +77,12 @@ class MoETrainer(SFTTrainer):
             check_replaced(self.model, self.family, self.source_config.to_dict(), section.get("autoep_size", 1))
         return prepared
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # HF would train one more step of a run that was finished
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # --- finite or stop
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
