@@ -52,14 +52,17 @@ def is_writer() -> bool:
 class EngineSource:
     """Tensors of a live DeepSpeed engine; every rank must make the same calls in the same order (collective).
 
-    Works for AutoEP blocks at any EP size and for plain HF blocks, under ZeRO 0 to 3. ZeRO-3 partitions are gathered
-    one tensor at a time; experts then travel from the EP group of rank 0 to rank 0.
+    Works for AutoEP and native blocks at any EP size and for plain HF blocks, under ZeRO 0 to 3. ZeRO-3 partitions are
+    gathered one tensor at a time; experts then travel from the EP group of rank 0 to rank 0.
     """
 
     def __init__(self, engine: Any, family: Family) -> None:
         from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
+        from moe_models.native import native_blocks
+
         module = engine.module
+        self._native = native_blocks(module)
         self._layers = {name: m for name, m in module.named_modules() if isinstance(m, AutoEPMoELayer)}
         self._tensors: dict[str, torch.Tensor] = {
             family.autoep_to_module(name): tensor
@@ -81,6 +84,10 @@ class EngineSource:
 
     def experts(self, block: str, projection: str) -> torch.Tensor | None:
         """See :class:`TensorSource`."""
+        if block in self._native:
+            moe = self._native[block].moe
+            group = moe.deepspeed_moe.ep_group if moe.ep_size > 1 else None
+            return _gather_to_writer(self._native[block].experts(projection), group)
         if block not in self._layers:
             return _split_fused(self.dense, block, projection)
         layer = self._layers[block]

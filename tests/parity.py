@@ -86,6 +86,7 @@ def build_trainer(
 
     fresh_accelerate()
     config = copy.deepcopy(config)
+    moe = config.pop("moe", None)
     args = SFTConfig(
         output_dir=output_dir,
         **{
@@ -112,6 +113,12 @@ def build_trainer(
     )
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+    if moe is not None:
+        from moe_models.families import FAMILIES
+        from moe_models.moe_schema import MoeLayer
+        from moe_models.native import register_deepspeed_moe
+
+        register_deepspeed_moe(model, MoeLayer(**moe["layer"]), FAMILIES[model.config.model_type])
     trainer = RecordingTrainer(
         model=model, args=args, train_dataset=Dataset.from_list(train_rows or rows(64)), processing_class=tokenizer()
     )
