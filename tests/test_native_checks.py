@@ -117,8 +117,8 @@ LAYOUT: list[tuple[dict[str, Any], int, str]] = [
     (
         {"layer": {"noisy_gate_policy": "RSample"}},
         2,
-        'moe.layer.noisy_gate_policy = "RSample" does something at 1 expert per token only, and there are 2; remove the '
-        "key",
+        'moe.layer.noisy_gate_policy = "RSample" does something at 1 expert per token only, and there are 2; remove '
+        "the key",
     ),
 ]
 
