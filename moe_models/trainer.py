@@ -85,6 +85,12 @@ class MoETrainer(SFTTrainer):
             check_replaced(self.model, self.family, self.source_config.to_dict(), section.get("autoep_size", 1))
         return prepared
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # HF would train one more step of a run that was finished
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # --- native layers
 
     def compute_loss(
@@ -186,13 +192,14 @@ class MoETrainer(SFTTrainer):
         folder = Path(output_dir or os.path.join(self.args.output_dir, MODEL_FOLDER))
         with exact_routing(engine.module):
             ids_BT, logits_BTV = record_logits(engine, self.source_config.vocab_size)
+        source = EngineSource(engine, self.family)
         self.last_proof = None
 
         def prove(staged: Path) -> None:
-            self.last_proof = prove_folder(staged, ids_BT, logits_BTV)
+            self.last_proof = prove_folder(staged, ids_BT, logits_BTV, source.fingerprints)
 
         export(
-            EngineSource(engine, self.family),
+            source,
             self.family,
             self.source_config,
             folder,
