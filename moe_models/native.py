@@ -61,14 +61,21 @@ class NativeMoEBlock(nn.Module):
         self.layer = layer
         for name, module in shared.items():
             self.add_module(name, module)
-        self.l_aux: torch.Tensor | None = None
+        self.recorder: list[torch.Tensor] | None = None
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]; leaves the layer's balancing loss in ``l_aux``."""
+        """[B, T, D] -> [B, T, D]; hands the layer's balancing loss to the recorder, if there is one."""
         router = self.moe.deepspeed_moe.gate.wg
         if router._forward_hooks:  # HF records router logits: show them to it
             router(x_BTD)
-        y_BTD, self.l_aux, _ = self.moe(x_BTD)
+        try:
+            y_BTD, l_aux, _ = self.moe(x_BTD)
+        finally:
+            # DeepSpeed's layer keeps it, and with it the graph of everything before: the activations of every decoder
+            # layer that gradient checkpointing recomputed (it leaves by an exception), until the next forward pass.
+            self.moe.deepspeed_moe.l_aux = None
+        if self.recorder is not None and l_aux.requires_grad:
+            self.recorder.append(l_aux)
         if "shared_expert" in self._modules:
             weight_BT1 = torch.sigmoid(self.get_submodule("shared_expert_gate")(x_BTD))
             y_BTD = y_BTD + weight_BT1 * self.get_submodule("shared_expert")(x_BTD)
@@ -151,26 +158,36 @@ def native_blocks(model: nn.Module) -> dict[str, NativeMoEBlock]:
     return {name: module for name, module in model.named_modules() if isinstance(module, NativeMoEBlock)}
 
 
-def take_aux_loss(blocks: Mapping[str, NativeMoEBlock]) -> torch.Tensor:
-    """Mean over the blocks of ``l_aux`` of the last forward pass; forgets it.
+@contextmanager
+def record_aux_losses(blocks: Mapping[str, NativeMoEBlock]) -> Iterator[list[torch.Tensor]]:
+    """Inside, a forward pass with gradients adds each block's ``l_aux`` to the list; recomputations later do not."""
+    recorded: list[torch.Tensor] = []
+    for block in blocks.values():
+        block.recorder = recorded
+    try:
+        yield recorded
+    finally:
+        for block in blocks.values():
+            block.recorder = None
+
+
+def mean_aux_loss(recorded: list[torch.Tensor], blocks: Mapping[str, NativeMoEBlock]) -> torch.Tensor:
+    """Mean over the blocks of the ``l_aux`` that one forward pass recorded.
 
     For one layer with expert shares f (of first choices at top-1 and top-2, of all k choices divided by k above) and
     mean probabilities p over all E experts, padding included, ``l_aux`` is E x sum(f x p): 1 if perfectly balanced.
     HF's loss is E x sum(f x p) once over the tokens of all layers together, without padding, with all k choices not
     divided by k: top-k if perfectly balanced.
 
-    Raises RuntimeError if it has no graph: reentrant gradient checkpointing cuts it off, and nothing would be balanced.
+    Raises RuntimeError if some are missing: reentrant gradient checkpointing cuts them off, and nothing would balance.
     """
-    found = [block.l_aux for block in blocks.values()]
-    losses = [loss for loss in found if loss is not None]
-    if len(losses) != len(found) or not all(loss.requires_grad for loss in losses):
+    if len(recorded) != len(blocks):
         raise RuntimeError(
-            'the balancing loss of the MoE layers has no gradient; with "aux_loss": "layer" gradient checkpointing '
-            "needs --gradient_checkpointing_kwargs '{\"use_reentrant\": false}'"
+            f"the balancing loss of {len(blocks) - len(recorded)} of {len(blocks)} MoE layers has no gradient; with "
+            '"aux_loss": "layer" gradient checkpointing needs --gradient_checkpointing_kwargs '
+            "'{\"use_reentrant\": false}'"
         )
-    for block in blocks.values():
-        block.l_aux = None
-    return torch.stack(losses).mean()
+    return torch.stack(recorded).mean()
 
 
 def take_drop_rates(blocks: Mapping[str, NativeMoEBlock]) -> dict[str, float]:

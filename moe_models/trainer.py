@@ -29,7 +29,7 @@ from moe_models.autoep import check_replaced, register_presets, restore_rotary_b
 from moe_models.checkpoint import EngineSource, export, is_writer
 from moe_models.families import FAMILIES, Family
 from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
-from moe_models.native import exact_routing, native_blocks, take_aux_loss, take_drop_rates
+from moe_models.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.proof import ExportProof, prove_folder, record_logits
 
 MODEL_FOLDER = "model"
@@ -97,10 +97,11 @@ class MoETrainer(SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss; in training, with ``"aux_loss": "layer"``, plus coefficient x the layers' own, once for each."""
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._layer_aux_loss or not self.model.training:
-            return loss
-        aux_loss = take_aux_loss(self.native)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with record_aux_losses(self.native) as recorded:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        aux_loss = mean_aux_loss(recorded, self.native)
         self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         # A mean over the tokens of one micro-batch: averaged over accumulation here, over ranks by the gradients.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +16,10 @@ from moe_models.moe_schema import MoeLayer
 from moe_models.native import (
     NativeMoEBlock,
     exact_routing,
+    mean_aux_loss,
     native_blocks,
+    record_aux_losses,
     register_deepspeed_moe,
-    take_aux_loss,
     take_drop_rates,
 )
 from tests.test_native import EXPRESSIBLE
@@ -73,8 +75,10 @@ def test_gradient_checkpointing_changes_nothing(name: str, source: str) -> None:
         _, native = pair(name, aux_loss=source)
         if checkpointing:
             native.gradient_checkpointing_enable({"use_reentrant": False})
-        output = native.train()(IDS, labels=IDS, output_router_logits=source == "model", use_cache=False)
-        loss = output.loss + (0.02 * take_aux_loss(native_blocks(native)) if source == "layer" else 0.0)
+        blocks = native_blocks(native)
+        with record_aux_losses(blocks) as recorded:
+            output = native.train()(IDS, labels=IDS, output_router_logits=source == "model", use_cache=False)
+        loss = output.loss + (0.02 * mean_aux_loss(recorded, blocks) if source == "layer" else 0.0)
         loss.backward()
         gradients.append([p.grad for p in native.parameters()])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
@@ -84,9 +88,28 @@ def test_reentrant_checkpointing_cannot_lose_the_aux_loss_silently() -> None:
     _, native = pair("mixtral-k2", aux_loss="layer")
     native.gradient_checkpointing_enable({"use_reentrant": True})
     native.enable_input_require_grads()
-    native.train()(IDS, use_cache=False)
-    with pytest.raises(RuntimeError, match="use_reentrant"):
-        take_aux_loss(native_blocks(native))
+    with record_aux_losses(native_blocks(native)) as recorded:
+        native.train()(IDS, use_cache=False)
+    with pytest.raises(RuntimeError, match=r"2 of 2 MoE layers .*use_reentrant"):
+        mean_aux_loss(recorded, native_blocks(native))
+
+
+def test_what_is_recomputed_is_given_back() -> None:
+    """Under gradient checkpointing no layer's activations outlive the backward pass."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    _, native = pair("mixtral-k2", aux_loss="layer")
+    native.gradient_checkpointing_enable({"use_reentrant": False})
+    blocks, inputs = native_blocks(native), []
+    for block in blocks.values():
+        block.register_forward_pre_hook(lambda _, args: inputs.append(StorageWeakRef(args[0].untyped_storage())))
+    with record_aux_losses(blocks) as recorded:
+        output = native.train()(IDS, labels=IDS, use_cache=False)
+    (output.loss + mean_aux_loss(recorded, blocks)).backward()
+    del output, recorded
+    gc.collect()
+    assert len(inputs) == 2 * len(blocks), "each layer runs twice"
+    assert all(reference.expired() for reference in inputs)
 
 
 def by_hand(logits_SE: torch.Tensor, k: int) -> torch.Tensor:
@@ -104,11 +127,12 @@ def by_hand(logits_SE: torch.Tensor, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_aux_loss_equals_a_count_by_hand_and_reaches_the_router(name: str) -> None:
     _, native = pair(name, aux_loss="layer")
-    output = native.train()(IDS, output_router_logits=True, use_cache=False)
     blocks = native_blocks(native)
+    with record_aux_losses(blocks) as recorded:
+        output = native.train()(IDS, output_router_logits=True, use_cache=False)
     k = next(iter(blocks.values())).moe.deepspeed_moe.gate.k
     expected = torch.stack([by_hand(logits, k) for logits in output.router_logits]).mean()
-    aux_loss = take_aux_loss(blocks)
+    aux_loss = mean_aux_loss(recorded, blocks)
     assert abs(aux_loss.item() - expected.item()) < 1e-6
     assert abs(expected.item() - 1.0) > 1e-3, "perfect balance would prove nothing"
     weights = [block.moe.deepspeed_moe.gate.wg.weight for block in blocks.values()]

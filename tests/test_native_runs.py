@@ -43,12 +43,14 @@ def layer_aux_loss(k: int, output: Any) -> Any:
         ("olmoe-k1", 1, 4, 2, 2),
     ],
 )
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_layer_aux_loss_joins_the_loss_once(
     name: str,
     stage: int,
     world_size: int,
     ep_size: int,
     accumulation: int,
+    gradient_checkpointing: bool,
     clusters: Clusters,
     native_checkpoints: Checkpoints,  # noqa: F811
     tmp_path: Path,
@@ -60,7 +62,10 @@ def test_layer_aux_loss_joins_the_loss_once(
         return parity.reference(source, batches, accumulation, tmp_path / "reference", aux_loss_of)
 
     config = native_config(stage, ep_size, aux_loss="layer")
-    check_case(clusters(world_size), with_l_aux, native_checkpoints(name), tmp_path, config, accumulation)
+    check_case(
+        clusters(world_size), with_l_aux, native_checkpoints(name), tmp_path, config, accumulation,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
 
 
 FAULTS = ("aux loss left out", "aux loss not divided by accumulation", "every rank keeps the first experts")
@@ -70,10 +75,10 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     from moe_models import native, trainer
     from moe_models.layout import Layout
 
-    take = native.take_aux_loss
+    mean = native.mean_aux_loss
     owner, name, wrong = {
-        FAULTS[0]: (trainer, "take_aux_loss", lambda blocks: take(blocks).detach()),
-        FAULTS[1]: (trainer, "take_aux_loss", lambda blocks: take(blocks) * 2),
+        FAULTS[0]: (trainer, "mean_aux_loss", lambda *a: mean(*a).detach()),
+        FAULTS[1]: (trainer, "mean_aux_loss", lambda *a: mean(*a) * 2),
         FAULTS[2]: (Layout, "experts_of", lambda self, rank, count: range(count // self.ep_size)),
     }[fault]
     right = getattr(owner, name)
