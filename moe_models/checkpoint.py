@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from moe_models.errors import UserError
-from moe_models.families import AUTOEP_EXPERT_NAMES, Family
+from moe_models.families import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, Family
 from moe_models.hf_folder import (
     DEFAULT_MAX_SHARD_BYTES,
     ExportError,
@@ -75,18 +75,21 @@ def fingerprint(tensor: torch.Tensor) -> int:
 class EngineSource:
     """Tensors of a live DeepSpeed engine; every rank must make the same calls in the same order (collective).
 
-    Works for AutoEP blocks at any EP size and for plain HF blocks, under ZeRO 0 to 3. ZeRO-3 partitions are gathered
-    one tensor at a time; experts then travel from the EP group of rank 0 to rank 0.
+    Works for AutoEP and native blocks at any EP size and for plain HF blocks, under ZeRO 0 to 3. ZeRO-3 partitions are
+    gathered one tensor at a time; experts then travel from the EP group of rank 0 to rank 0.
 
     :attr:`fingerprints` fills on the writing rank: one number per tensor, for experts ``{block}.experts.{e}.{gate|up|
-    down}``. AutoEP's experts are read by the rank that owns them, before they travel, under the number by which its
+    down}``. Spread experts are read by the rank that owns them, before they travel, under the number by which its
     router calls them; so the finished folder can be compared with what the ranks hold, bit by bit.
     """
 
     def __init__(self, engine: Any, family: Family) -> None:
         from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
+        from moe_models.native import native_blocks
+
         module = engine.module
+        self._native = native_blocks(module)
         self._layers = {name: m for name, m in module.named_modules() if isinstance(m, AutoEPMoELayer)}
         self._tensors: dict[str, torch.Tensor] = {
             family.autoep_to_module(name): tensor
@@ -119,15 +122,23 @@ class EngineSource:
             self.fingerprints[name] = fingerprint(tensor)
         return tensor
 
+    def _own_experts(self, block: str, projection: str) -> tuple[torch.Tensor, Any]:
+        """(this rank's experts stacked, or their ZeRO-3 partition; the EP group, None where there is one rank in it)"""
+        layer: Any
+        if block in self._native:
+            layer, local = self._native[block].moe, self._native[block].experts(projection)
+            for e in range(len(local)):
+                self._unasked.pop(f"{block}.{NATIVE_EXPERTS}.{e}.{projection}_proj.weight", None)
+            return local, layer.deepspeed_moe.ep_group if layer.ep_size > 1 else None
+        layer, name = self._layers[block], AUTOEP_EXPERT_NAMES[projection]
+        self._unasked.pop(f"{block}.experts.{name}", None)
+        return getattr(layer.experts, name), layer.ep_group if layer.ep_size > 1 else None
+
     def experts(self, block: str, projection: str) -> torch.Tensor | None:
         """See :class:`TensorSource`."""
         prints: list[int] = []
-        if block in self._layers:
-            layer = self._layers[block]
-            name = AUTOEP_EXPERT_NAMES[projection]
-            self._unasked.pop(f"{block}.experts.{name}", None)
-            local = getattr(layer.experts, name)
-            group = layer.ep_group if layer.ep_size > 1 else None
+        if block in self._layers or block in self._native:
+            local, group = self._own_experts(block, projection)
             with self._gather(local):
                 own = torch.tensor([fingerprint(expert) for expert in local], device=local.device)
                 stacked = _gather_to_writer(local.detach(), group)

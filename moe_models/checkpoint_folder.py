@@ -4,6 +4,7 @@ Layouts, as DeepSpeed 0.19.8 writes them under ``global_step<N>/``:
 
 - ZeRO 0-2: ``mp_rank_00_model_states.pt`` holds every tensor but AutoEP's experts; each of those is a file
   ``layer_<moe layer>_expert_<e>_mp_rank_00_model_states.pt`` with w1, w2, w3.
+- Native layers (ZeRO 1-2): the same, with the tensors of one expert module in each file; the layers count MoE blocks.
 - ZeRO-3: ``zero_pp_rank_<r>_mp_rank_00_model_states.pt`` holds names and shapes, and the weights lie as fp32 partitions
   in ``*zero_pp_rank_<r>_mp_rank_00_optim_states.pt``: per group one flat tensor, the partitions of its parameters one
   after the other. Dense groups are partitioned over all ranks, expert groups over the ranks that hold the same experts.
@@ -24,7 +25,7 @@ import torch
 
 from moe_models.checkpoint import _split_fused
 from moe_models.errors import UserError
-from moe_models.families import AUTOEP_EXPERT_NAMES, Family
+from moe_models.families import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, NATIVE_ROUTER, Family
 
 
 def load_states(path: Path) -> dict[str, Any]:
@@ -98,6 +99,7 @@ class FolderSource:
         first = self._ranks[0]
         self._names = {family.autoep_to_module(n): n for n in first["module"] if not _is_router_alias(n)}
         self._layers = {entry["module_path"]: entry for entry in first.get("ds_autoep_layers") or []}
+        self._layers |= _native_layers(first["module"])
         if not self._optimizers:
             self._check_expert_files()
         self._unasked = dict.fromkeys(self._names)
@@ -145,8 +147,12 @@ class FolderSource:
             return fused
         entry = self._layers[block]
         weight = AUTOEP_EXPERT_NAMES[projection]
-        stored = f"{entry['expert_key_prefix']}.{weight}"
         self._unasked.pop(f"{block}.experts.{weight}", None)
+        if "native" in entry:
+            name = f"{block}.{NATIVE_EXPERTS}.{{}}.{projection}_proj.weight"
+            files = (self._expert_file(entry, e) for e in range(entry["num_experts"]))
+            return torch.stack([_tensor_in(path, name.format(e)) for e, path in enumerate(files)])
+        stored = f"{entry['expert_key_prefix']}.{weight}"
         if not self._optimizers:
             files = (self._expert_file(entry, e) for e in range(entry["num_experts"]))
             return torch.stack([_tensor_in(path, f"{stored}.{e}") for e, path in enumerate(files)])
@@ -183,6 +189,15 @@ class FolderSource:
                 parts.append(flat.narrow(0, other.start, other.numel))
         numel = torch.Size(piece.shape).numel()
         return torch.cat(parts).narrow(0, 0, numel).view(piece.shape)
+
+
+def _native_layers(module: Mapping[str, torch.Tensor]) -> dict[str, Mapping[str, Any]]:
+    """The native blocks of a checkpoint, which describes them by nothing but its names, as AutoEP describes its own."""
+    routers = {name.removesuffix(f".{NATIVE_ROUTER}"): t for name, t in module.items() if name.endswith(NATIVE_ROUTER)}
+    return {
+        block: {"native": True, "moe_layer_id": number, "num_experts": router.shape[0]}
+        for number, (block, router) in enumerate(routers.items())
+    }
 
 
 def _load_with(path: Path, *keys: str) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from moe_models.ds_schema import (
     SECTION_KEYS,
     TOP_LEVEL_KEYS,
     ExpertParallel,
-    Moe,
     show,
     translate,
     unknown_key,
 )
 from moe_models.errors import UserError
+from moe_models.moe_schema import Moe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,9 @@ class DsConfig:
 
     @property
     def ep_size(self) -> int:
-        """Ranks of one expert-parallel group; 1 without ``expert_parallel``."""
+        """Ranks of one expert-parallel group; 1 without ``expert_parallel`` and ``moe.layer``."""
+        if self.moe.layer is not None:
+            return self.moe.layer.ep_size
         return self.expert_parallel.autoep_size if self.expert_parallel else 1
 
 
@@ -119,6 +121,14 @@ def load_ds_config(path: str | Path) -> DsConfig:
     expert_parallel = sections.get("expert_parallel")
     if isinstance(expert_parallel, ExpertParallel):
         problems += expert_parallel.conflicts()
+    moe = sections.get("moe", Moe())
+    assert isinstance(moe, Moe)
+    if moe.layer is not None:
+        problems += moe.layer.conflicts()
+        if isinstance(expert_parallel, ExpertParallel) and expert_parallel.enabled:
+            problems.append(
+                "moe.layer and expert_parallel both replace the model's MoE blocks; remove one of the two sections"
+            )
     enabled = {name: (raw.get(name) or {}).get("enabled", False) for name in ("bf16", "fp16") if _is_object(raw, name)}
     if list(enabled.values()).count(True) == 2:
         problems.append("bf16.enabled and fp16.enabled are both true; set one of them to false")
@@ -135,7 +145,7 @@ def load_ds_config(path: str | Path) -> DsConfig:
         raw=raw,
         deepspeed={key: copy.deepcopy(value) for key, value in raw.items() if key != "moe"},
         expert_parallel=expert_parallel if expert_parallel and expert_parallel.enabled else None,
-        moe=Moe(),
+        moe=moe,
         zero_stage=int(getattr(sections.get("zero_optimization"), "stage", 0)),
         tp_size=max(1, getattr(sections.get("tensor_parallel"), "autotp_size", 1)),
         sp_size=raw.get("sequence_parallel_size", 1),

@@ -1,4 +1,4 @@
-"""What a ds_config JSON may say: DeepSpeed's keys as data, and the two MoE sections as types.
+"""What a ds_config JSON may say: DeepSpeed's keys as data, and AutoEP's section as a type.
 
 DeepSpeed reads its JSON with ``dict.get``: a misspelt key, or ``"auto"`` in a place that nobody fills, silently means
 the default, and ``"expert_parallel": {"autoep_sizes": 8}`` trains without expert parallelism. The keys and types here
@@ -95,11 +95,13 @@ ExpertActivation = Literal["swiglu", "geglu_tanh", "swiglu_clamped", "swiglu_oai
 _ATTRIBUTE = r"^[^.]+$"
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A section that refuses unknown keys and values of another type."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-class ExpertParallel(_Section):
+class ExpertParallel(Section):
     """DeepSpeed's own ``"expert_parallel"`` section (AutoEP), key by key."""
 
     enabled: bool
@@ -215,10 +217,6 @@ class ExpertParallel(_Section):
                 f"expert_parallel.num_limited_groups = {limited} is more than num_expert_groups = {groups}; lower it"
             )
         return problems
-
-
-class Moe(_Section):
-    """Our one extra section, ``"moe"``, removed before DeepSpeed sees the config. It has no sub-section yet."""
 
 
 def show(value: object) -> str:

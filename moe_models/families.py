@@ -9,7 +9,8 @@ Two layouts of the same weights meet here:
 
 DeepSpeed's AutoEP holds a third: ``{prefix}.mlp.experts.w1`` (gate), ``.w3`` (up) [E_local, F, D] and ``.w2`` (down)
 [E_local, D, F] on each rank, and the router as ``{prefix}.mlp.router.gate.weight``. Its names are the same for every
-family, because AutoEP builds the block from its own class.
+family, because AutoEP builds the block from its own class. Native layers (``moe_models/native.py``) hold a fourth: one
+module for each local expert in ``{prefix}.mlp.moe.deepspeed_moe``, and the HF router in the place of the gate's ``wg``.
 
 The table was checked against transformers 5.20.2; ``tests/test_families.py`` compares it with what
 ``save_pretrained`` writes.
@@ -27,6 +28,13 @@ EXPERT_PROJECTIONS = ("gate", "up", "down")
 
 AUTOEP_EXPERT_NAMES = {"gate": "w1", "down": "w2", "up": "w3"}
 """Names AutoEP gives the three stacked expert weights, after ``{block}.experts.``."""
+
+
+NATIVE_EXPERTS = "moe.deepspeed_moe.experts.deepspeed_experts"
+"""Where a native layer keeps its experts, after ``{block}.`` and before ``.{e}.{projection}_proj.weight``."""
+
+NATIVE_ROUTER = "moe.deepspeed_moe.gate.wg.weight"
+"""Where a native layer keeps the router, after ``{block}.``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +76,8 @@ class Family:
         return f"{hub_block}experts.{expert}.{self.hub_expert_names[projection]}.weight"
 
     def autoep_to_module(self, name: str) -> str:
-        """Module name of an AutoEP tensor that is not an expert weight (router, shared experts)."""
+        """Module name of an AutoEP or native tensor that is not an expert weight (router, shared experts)."""
+        name = name.replace(f".mlp.{NATIVE_ROUTER}", ".mlp.gate.weight")
         name = re.sub(r"\.mlp\.router\.gate\.(weight|bias)$", r".mlp.gate.\1", name)
         name = re.sub(r"\.mlp\.router\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias", name)
         for autoep, module in self.renames:

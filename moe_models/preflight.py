@@ -21,6 +21,7 @@ from moe_models.ds_schema import ExpertParallel, show
 from moe_models.families import FAMILIES, Family, moe_blocks
 from moe_models.inputs import check_dataset_path, check_output_dir, read_model_config
 from moe_models.layout import divisors, size_problems
+from moe_models.native_checks import check_native
 
 __all__ = ["check_dataset_path", "check_output_dir", "check_run", "read_model_config", "warnings_for_run"]
 
@@ -41,7 +42,8 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
 
     ``model_config`` is the model's ``config.json``. Neither weights nor torch are needed.
     """
-    problems = size_problems(world_size, ds.ep_size, ds.tp_size, ds.sp_size, names=_SIZE_NAMES)
+    names = _SIZE_NAMES if ds.moe.layer is None else {**_SIZE_NAMES, "ep_size": "moe.layer.ep_size"}
+    problems = size_problems(world_size, ds.ep_size, ds.tp_size, ds.sp_size, names=names)
     problems += _batch_problems(ds, world_size)
     problems += _zero_problems(ds)
     if ds.expert_parallel is not None:
@@ -49,6 +51,8 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
         problems += _autoep_zero_problems(ds)
         problems += _autoep_combination_problems(ds, ds.expert_parallel)
         problems += _version_problems()
+    if ds.moe.layer is not None:
+        problems += check_native(ds, ds.moe.layer, model_config, world_size)
     return problems
 
 

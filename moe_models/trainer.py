@@ -8,6 +8,7 @@ and accelerate. What is added here, and why:
   every rank has finished writing.
 - A loss, gradient or weight that is not finite ends the run before it can reach a checkpoint.
 - After ``deepspeed.initialize`` the AutoEP blocks are counted.
+- Native layers (``moe_models/native.py``): their own balancing loss joins the loss, and their drop rate is logged.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moe_models.autoep import check_replaced, register_presets, restore_rotary_b
 from moe_models.checkpoint import EngineSource, export, is_writer
 from moe_models.families import FAMILIES, Family
 from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
+from moe_models.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.proof import ExportProof, prove_folder, record_logits
 
 MODEL_FOLDER = "model"
@@ -62,6 +64,12 @@ class MoETrainer(SFTTrainer):
         restore_rotary_buffers(model)
         register_presets()
         super().__init__(model, *args, **kwargs)
+        self.native = native_blocks(model)
+        layers = [block.layer for block in self.native.values()]
+        self._drops_tokens = any(layer.drop_tokens for layer in layers)
+        self._layer_aux_loss = any(layer.aux_loss == "layer" for layer in layers)
+        if self._layer_aux_loss:  # in the place of the model's own
+            self.aux_loss_enabled = model.config.output_router_logits = False
         # HF would replace a NaN loss by the running average in its logs; here it must be seen.
         self.args.logging_nan_inf_filter = False
         self._all_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
@@ -83,6 +91,22 @@ class MoETrainer(SFTTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    # --- native layers
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss; in training, with ``"aux_loss": "layer"``, plus coefficient x the layers' own, once for each."""
+        if not self._layer_aux_loss or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with record_aux_losses(self.native) as recorded:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        aux_loss = mean_aux_loss(recorded, self.native)
+        self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
+        # A mean over the tokens of one micro-batch: averaged over accumulation here, over ranks by the gradients.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return loss + self.router_aux_loss_coef * aux_loss / steps
+
     # --- finite or stop
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -94,6 +118,8 @@ class MoETrainer(SFTTrainer):
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:
             self._stop_if_not_finite(grad_norm)
+        if self._drops_tokens and self.control.should_log:
+            self._metrics["train"].update({name: [rate] for name, rate in take_drop_rates(self.native).items()})
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _stop_if_not_finite(self, grad_norm: Any) -> None:
@@ -178,7 +204,8 @@ class MoETrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             return
         folder = Path(output_dir or os.path.join(self.args.output_dir, MODEL_FOLDER))
-        ids_BT, logits_BTV = record_logits(engine, self.source_config.vocab_size)
+        with exact_routing(engine.module):
+            ids_BT, logits_BTV = record_logits(engine, self.source_config.vocab_size)
         source = EngineSource(engine, self.family)
         self.last_proof = None
 

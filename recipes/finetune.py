@@ -61,7 +61,7 @@ def main() -> int:
     from moe_models.trainer import TrainingStoppedError
 
     try:
-        trainer = build_trainer(recipe, args, model_args, train_rows, eval_rows)
+        trainer = build_trainer(recipe, args, model_args, ds, train_rows, eval_rows)
         trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
         evaluate_and_export(trainer, ds, eval_rows)
     except UserError as error:
@@ -100,7 +100,7 @@ def read_command_line(words: list[str]) -> tuple[Any, ...]:
             problems += error.problems
     if ds is not None and model_config is not None:
         problems += check_run(ds, model_config, WORLD_SIZE)
-        if model_config.get("model_type") not in FAMILIES and ds.expert_parallel is None:
+        if model_config.get("model_type") not in FAMILIES and ds.expert_parallel is None and ds.moe.layer is None:
             problems.append(
                 f"model_type = {model_config.get('model_type')!r}: this recipe trains {', '.join(sorted(FAMILIES))}; "
                 "turn a dense model into one of them with recipes/upcycle.py"
@@ -134,6 +134,8 @@ def read_command_line(words: list[str]) -> tuple[Any, ...]:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
         warned = warnings_for_run(ds, model_config, WORLD_SIZE, per_node, on_gpu=not on_cpu())
         notes += [f"warning: {line}" for line in warned]
+        if ds.moe.layer is not None:
+            notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
         print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
     return script, recipe, args, model_args, ds
 
@@ -262,14 +264,16 @@ def load_data(script: Any, recipe: Any, args: Any) -> tuple[Any, Any]:
     return train_rows, eval_rows
 
 
-def build_trainer(recipe: Any, args: Any, model_args: Any, train_rows: Any, eval_rows: Any) -> Any:
+def build_trainer(recipe: Any, args: Any, model_args: Any, ds: Any, train_rows: Any, eval_rows: Any) -> Any:
     """Read the weights and put the trainer together. Raises UserError for a folder or data that do not fit together."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from moe_models.data import check_chat_template, warnings_for_rows
+    from moe_models.families import FAMILIES
     from moe_models.hf_folder import parse_size
     from moe_models.meter import StepClock
+    from moe_models.native import register_deepspeed_moe
     from moe_models.trainer import MoETrainer
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -292,6 +296,8 @@ def build_trainer(recipe: Any, args: Any, model_args: Any, train_rows: Any, eval
         raise UserError(
             f"{name}: {len(absent)} weights are missing or incomplete ({', '.join(absent[:4])}); give the whole model"
         )
+    if ds.moe.layer is not None:
+        model = register_deepspeed_moe(model, ds.moe.layer, FAMILIES[model.config.model_type])
     try:
         trainer = MoETrainer(
             model,

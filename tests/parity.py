@@ -66,7 +66,7 @@ def tokenizer() -> Any:
 
 def build_trainer(
     source: str, output_dir: str, config: dict[str, Any], *, accumulation: int = 1, model: Any = None,
-    trainer_class: Any = None, train_rows: Any = None, **options: Any,
+    trainer_class: Any = None, train_rows: Any = None, eval_rows: Any = None, **options: Any,
 ) -> Any:  # fmt: skip
     """A MoETrainer on this rank, as recipes/finetune.py builds it, that records the batches it consumes."""
     import torch
@@ -86,6 +86,7 @@ def build_trainer(
 
     fresh_accelerate()
     config = copy.deepcopy(config)
+    moe = config.pop("moe", None)
     args = SFTConfig(
         output_dir=output_dir,
         **{
@@ -112,8 +113,18 @@ def build_trainer(
     )
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+    if moe is not None:
+        from moe_models.families import FAMILIES
+        from moe_models.moe_schema import MoeLayer
+        from moe_models.native import register_deepspeed_moe
+
+        register_deepspeed_moe(model, MoeLayer(**moe["layer"]), FAMILIES[model.config.model_type])
     trainer = RecordingTrainer(
-        model=model, args=args, train_dataset=Dataset.from_list(train_rows or rows(64)), processing_class=tokenizer()
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(train_rows or rows(64)),
+        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
+        processing_class=tokenizer(),
     )
     trainer.batches = []
     return trainer
@@ -137,12 +148,15 @@ def train_case(
     }
 
 
-def reference(source: Path, batches_by_rank: list[list[dict]], accumulation: int, out: Path) -> dict[str, Any]:
+def reference(
+    source: Path, batches_by_rank: list[list[dict]], accumulation: int, out: Path, aux_loss_of: Any = None
+) -> dict[str, Any]:
     """Single-process Hugging Face on the same micro-batches: plain torch loop, plain AdamW, plain clipping.
 
     Cross-entropy is averaged over all target tokens of the optimizer step. The auxiliary loss is a function of the
     micro-batch (it multiplies two averages over its tokens), so the reference computes it per micro-batch and averages:
-    that is what the ranks do. Weights go through ``save_pretrained``, hence in the hub layout.
+    that is what the ranks do. ``aux_loss_of`` makes another one of the model's output. Weights go through
+    ``save_pretrained``, hence in the hub layout.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -168,8 +182,9 @@ def reference(source: Path, batches_by_rank: list[list[dict]], accumulation: int
                 / targets
             )
             if has_aux:
-                loss = loss + coefficient * output.aux_loss / len(micro)
-                aux_values.append(output.aux_loss.item())
+                aux_loss = aux_loss_of(output) if aux_loss_of else output.aux_loss
+                loss = loss + coefficient * aux_loss / len(micro)
+                aux_values.append(aux_loss.item())
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

@@ -120,7 +120,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
             "zero_optimization": {"stage": 4, "overlapcomm": True},
             "bf16": {"enable": True},
             "train_batch_size": 0,
-            "moe": {"layer": {}},
+            "moe": {"layer": {"capacity": 1}},
         },
     )
     assert len(lines) == 8
@@ -133,7 +133,29 @@ WORDS: list[tuple[dict[str, Any], str]] = [
     ({"elasticity": {}}, "elasticity = {}: DeepSpeed no longer has this section; remove it"),
     ({"zero_optimization": True}, "zero_optimization = true: must be an object {...}; remove the key to leave"),
     ({"moe": 8}, "moe = 8: must be an object {...}"),
-    ({"moe": {"layer": {"k": 2}}}, 'moe.layer = {"k": 2}: unknown key; remove it; allowed: nothing yet'),
+    ({"moe": {"layers": {}}}, 'moe.layers = {}: unknown key; did you mean "layer"?'),
+    (
+        {"moe": {"layer": {"capacity_facto": 2}}},
+        'moe.layer.capacity_facto = 2: unknown key; did you mean "capacity_fact',
+    ),
+    (
+        {"moe": {"layer": {"k": "auto"}}},
+        'moe.layer.k = "auto": must be a whole number; remove the key for the default nul',
+    ),
+    ({"moe": {"layer": {"ep_size": 0}}}, "moe.layer.ep_size = 0: must be at least 1; remove the key for the default 1"),
+    ({"moe": {"layer": {"capacity_factor": 0}}}, "moe.layer.capacity_factor = 0: must be more than 0"),
+    (
+        {"moe": {"layer": {"noisy_gate_policy": "x"}}},
+        "moe.layer.noisy_gate_policy = \"x\": must be 'Jitter' or 'RSample'",
+    ),
+    (
+        {"moe": {"layer": {"capacity_factor": 2.0}}},
+        'moe.layer.capacity_factor = 2.0 does nothing without "drop_tokens": true; add that, or remove the key',
+    ),
+    (
+        {"moe": {"layer": {}}, "expert_parallel": {"enabled": True}},
+        "moe.layer and expert_parallel both replace the model's MoE blocks; remove one of the two sections",
+    ),
     ({"optimizer": {"typ": "AdamW"}}, 'optimizer.typ = "AdamW": unknown key; did you mean "type"?'),
     ({"optimizer": {"params": 3}}, "optimizer.params = 3: must be an object {...}"),
     (

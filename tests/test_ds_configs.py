@@ -11,6 +11,7 @@ import pytest
 
 from moe_models.config import adapt_for_cpu, load_ds_config, read_json
 from moe_models.layout import Layout
+from moe_models.moe_schema import MoeLayer
 from moe_models.preflight import check_run, warnings_for_run
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"
@@ -30,11 +31,14 @@ def fill_autos(config: dict) -> dict:
 
 def readme_rows() -> dict[str, list[str]]:
     text = (FOLDER / "README.md").read_text()
-    return {m[1]: [cell.strip() for cell in m[2].split("|")] for m in re.finditer(r"^\| `(.+?)` \|(.*)\|$", text, re.M)}
+    return {
+        m[1]: [cell.strip() for cell in m[2].split("|")]
+        for m in re.finditer(r"^\| `(\w+\.json)` \|(.*)\|$", text, re.M)
+    }
 
 
 def test_count() -> None:
-    assert len(FILES) == 10
+    assert len(FILES) == 14
 
 
 def test_readme_table() -> None:
@@ -43,8 +47,8 @@ def test_readme_table() -> None:
     for path in FILES:
         ds, (ranks, zero, ep, _, when) = load_ds_config(path), rows[path.name]
         assert zero == str(ds.zero_stage)
-        assert ep == (str(ds.ep_size) if ds.expert_parallel else "none")
-        assert ranks == (f"multiple of {ds.ep_size}" if ds.expert_parallel else "any")
+        assert ep == (str(ds.ep_size) if ds.expert_parallel or ds.moe.layer else "none")
+        assert ranks == (f"multiple of {ds.ep_size}" if ds.expert_parallel or ds.moe.layer else "any")
         assert when
 
 
@@ -75,8 +79,11 @@ def test_readme_memory_example() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_loads_clean_and_fits_mixtral(path: Path) -> None:
     ds = load_ds_config(path)
-    name = re.fullmatch(r"zero(\d)(?:_ep(\d))?", path.stem)
+    name = re.fullmatch(r"zero(\d)(?:_ep(\d))?(_native)?(_capacity)?", path.stem)
     assert name is not None
+    assert (ds.moe.layer is not None) == bool(name[3])
+    assert (ds.moe.layer is not None and ds.moe.layer.drop_tokens) == bool(name[4])
+    assert bool(ds.moe.layer and ds.moe.layer.departures()) == bool(name[4])
     assert (ds.zero_stage, ds.ep_size) == (int(name[1]), int(name[2] or 1))
     assert ds.precision == "bf16"
     for copies in (1, 2):
@@ -91,6 +98,7 @@ def test_only_the_layout_differs() -> None:
     for path in FILES:
         raw = read_json(path)
         raw.pop("expert_parallel", None)
+        raw.pop("moe", None)
         stage = raw.pop("zero_optimization")
         rest.append(json.dumps(raw))  # order too: a diff of two files shows the layout only
         same = [p for p in FILES if read_json(p)["zero_optimization"]["stage"] == stage["stage"]]
@@ -106,7 +114,7 @@ def test_deepspeed_accepts_it(path: Path) -> None:
     assert config.zero_optimization_stage == ds.zero_stage
     assert config.bfloat16_config.enabled
     assert config.expert_parallel_config.enabled == (ds.expert_parallel is not None)
-    assert config.expert_parallel_config.autoep_size == ds.ep_size
+    assert config.expert_parallel_config.autoep_size == (1 if ds.moe.layer else ds.ep_size)
     for key, value in ds.raw["zero_optimization"].items():  # no value is silently dropped
         assert getattr(config.zero_config, key.removeprefix("stage3_")) == value
 
@@ -126,3 +134,14 @@ def test_every_zero_value_does_something_at_its_stage() -> None:
         zero = read_json(path)["zero_optimization"]
         assert any(key.startswith("stage3_") for key in zero) == (zero["stage"] == 3)
         assert ("allgather_bucket_size" in zero) == (zero["stage"] < 3)
+
+
+def test_readme_names_every_key_of_native_layers_with_its_default() -> None:
+    text = (FOLDER / "README.md").read_text().split("## Native layers")[1].split("## ")[0]
+    rows = {}
+    for keys, defaults in re.findall(r"^\| (`.+?) \| (.+?) \|", text, re.M):
+        rows.update(zip(re.findall(r"`(\w+)`", keys), defaults.split(", "), strict=True))
+    shown = {None: "none", True: "true", False: "false", "model": "`model`"}
+    expected = {name: shown.get(f.default, str(f.default)) for name, f in MoeLayer.model_fields.items()}
+    expected |= {"ep_size": "1", "k": "the model's", "capacity_factor": "1.0", "eval_capacity_factor": "1.0"}
+    assert rows == {**expected, "min_capacity": "0"}

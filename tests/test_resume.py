@@ -56,7 +56,8 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("preset", "world_size"), [("zero1_ep2", 2), ("zero2_ep2", 2), ("zero3_ep2", 2), ("zero1_ep2", 4)]
+    ("preset", "world_size"),
+    [("zero1_ep2", 2), ("zero2_ep2", 2), ("zero3_ep2", 2), ("zero1_ep2", 4), ("zero1_ep2_native", 2)],
 )
 def test_resumed_equals_uninterrupted(
     preset: str, world_size: int, clusters: Callable[[int], Cluster], model: Path, data: Path, tmp_path: Path

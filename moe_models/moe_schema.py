@@ -1,0 +1,76 @@
+"""What our one extra section of a ds_config may say: ``"moe"``, read and removed before DeepSpeed sees the config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moe_models.ds_schema import Section, show
+
+
+class MoeLayer(Section):
+    """``"moe": {"layer": {...}}``: replace the HF MoE blocks by ``deepspeed.moe.layer.MoE`` ("native" layers).
+
+    The defaults compute what the HF model computes. Each key but ``ep_size`` departs from it and is printed at start.
+    """
+
+    ep_size: int = Field(1, ge=1)
+    """Ranks that share one copy of the experts; it must divide the experts and the world size."""
+    k: int | None = Field(None, ge=1)
+    """Experts per token; null takes the model's. Another value is written into the exported config.json."""
+    drop_tokens: bool = False
+    """Give each expert a fixed number of places, and drop the routes that find none."""
+    capacity_factor: float = Field(1.0, gt=0)
+    """Places of an expert in training: tokens of the rank x k / experts x this, rounded up."""
+    eval_capacity_factor: float = Field(1.0, gt=0)
+    """The same in evaluation."""
+    min_capacity: int = Field(0, ge=0)
+    """Places that an expert has at least."""
+    use_rts: bool = False
+    """Top-1 only: drop routes at random instead of the last ones of the batch (random token selection)."""
+    noisy_gate_policy: Literal["Jitter", "RSample"] | None = None
+    """Noise in training: on the router's input (Jitter), or on the logits of the choice (RSample, top-1 only)."""
+    top2_2nd_expert_sampling: bool = False
+    """Top-2 only: draw the second expert at random, by its score; also in evaluation."""
+    aux_loss: Literal["model", "layer"] = "model"
+    """Whose load-balancing loss: the HF model's, or the mean over the layers of DeepSpeed's own ``l_aux``."""
+
+    def conflicts(self) -> list[str]:
+        """One line for each value that would do nothing."""
+        if self.drop_tokens:
+            return []
+        written = ("capacity_factor", "eval_capacity_factor", "min_capacity", "use_rts")
+        return [
+            f'moe.layer.{key} = {show(getattr(self, key))} does nothing without "drop_tokens": true; '
+            "add that, or remove the key"
+            for key in written
+            if key in self.model_fields_set and getattr(self, key) is not False
+        ]
+
+    def departures(self) -> list[str]:
+        """One line for each value with which the layer no longer computes what the HF model computes."""
+        lines = []
+        if self.k is not None:
+            lines.append(f"k = {self.k}: experts per token, whatever the model's config.json says")
+        if self.drop_tokens:
+            how = "at random" if self.use_rts else "those with the smallest scores or at the end of the batch"
+            lines.append(
+                f"drop_tokens = true: an expert takes {self.capacity_factor:g} times its even share "
+                f"({self.eval_capacity_factor:g} in evaluation, at least {self.min_capacity}); routes beyond are "
+                f"dropped, {how}"
+            )
+        if self.noisy_gate_policy is not None:
+            lines.append(f"noisy_gate_policy = {show(self.noisy_gate_policy)}: the router chooses with noise")
+        if self.top2_2nd_expert_sampling:
+            lines.append("top2_2nd_expert_sampling = true: the second expert is drawn at random, also in evaluation")
+        if self.aux_loss == "layer":
+            lines.append("aux_loss = \"layer\": DeepSpeed's l_aux, mean over the layers, instead of the model's own")
+        return lines
+
+
+class Moe(Section):
+    """``"moe"``."""
+
+    layer: MoeLayer | None = None
+    """Native layers; absent means the model's own blocks, or AutoEP's."""

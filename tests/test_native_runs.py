@@ -1,0 +1,362 @@
+"""Whole runs with native layers: their own balancing loss, dropping, nothing hangs, and the ways in and out.
+
+Everything here runs MoETrainer on the ranks of a cluster, with a time limit: a hang is a failure after a minute.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import parity, roundtrip
+from tests.cluster import ChildError, Cluster
+from tests.recipe import ROOT, ForkedRecipe, command, launch, save_model, text_rows, write_jsonl
+from tests.test_native import native_checkpoints, native_config  # noqa: F401
+from tests.test_native_layer import by_hand, dropped_by_hand
+from tests.test_parity import LOSS_TOLERANCE, NORM_TOLERANCE, check_case, references, relative  # noqa: F401
+from tests.test_roundtrip import assert_offline_equals_live
+
+Clusters = Callable[[int], Cluster]
+Checkpoints = Callable[[str], Path]
+SECONDS = 90
+
+# ------------------------------------------------------------------------------------------- the layers' balancing loss
+
+
+def layer_aux_loss(k: int, output: Any) -> Any:
+    import torch
+
+    return torch.stack([by_hand(logits, k) for logits in output.router_logits]).mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "world_size", "ep_size", "accumulation"),
+    [
+        ("mixtral-k2", 1, 2, 2, 1),
+        ("mixtral-k2", 2, 2, 2, 2),
+        ("qwen3_moe-k4", 2, 2, 1, 1),
+        ("olmoe-k1", 1, 4, 2, 2),
+    ],
+)
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_layer_aux_loss_joins_the_loss_once(
+    name: str,
+    stage: int,
+    world_size: int,
+    ep_size: int,
+    accumulation: int,
+    gradient_checkpointing: bool,
+    clusters: Clusters,
+    native_checkpoints: Checkpoints,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Loss, norms and weights equal plain Hugging Face plus coefficient x ``l_aux`` computed by hand."""
+    aux_loss_of = partial(layer_aux_loss, int(name[-1]))
+
+    def with_l_aux(source: Path, batches: Any, accumulation: int) -> dict[str, Any]:
+        return parity.reference(source, batches, accumulation, tmp_path / "reference", aux_loss_of)
+
+    config = native_config(stage, ep_size, aux_loss="layer")
+    check_case(
+        clusters(world_size), with_l_aux, native_checkpoints(name), tmp_path, config, accumulation,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+
+
+FAULTS = ("aux loss left out", "aux loss not divided by accumulation", "every rank keeps the first experts")
+
+
+def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    from moe_models import native, trainer
+    from moe_models.layout import Layout
+
+    mean = native.mean_aux_loss
+    owner, name, wrong = {
+        FAULTS[0]: (trainer, "mean_aux_loss", lambda *a: mean(*a).detach()),
+        FAULTS[1]: (trainer, "mean_aux_loss", lambda *a: mean(*a) * 2),
+        FAULTS[2]: (Layout, "experts_of", lambda self, rank, count: range(count // self.ep_size)),
+    }[fault]
+    right = getattr(owner, name)
+    setattr(owner, name, wrong)
+    try:
+        return parity.train_case(*args, **kwargs)
+    finally:
+        setattr(owner, name, right)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(
+    fault: str,
+    clusters: Clusters,
+    native_checkpoints: Checkpoints,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    def with_l_aux(source: Path, batches: Any, accumulation: int) -> dict[str, Any]:
+        return parity.reference(source, batches, accumulation, tmp_path / "reference", partial(layer_aux_loss, 2))
+
+    with pytest.raises(AssertionError, match=r"assert .* < "):
+        check_case(
+            clusters(2), with_l_aux, native_checkpoints("mixtral-k2"), tmp_path,
+            native_config(1, 2, aux_loss="layer"), 2, run=partial(train_with_fault, fault), timeout=SECONDS,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- dropping
+
+
+def train_and_count(source: str, out: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Train two steps of two micro-batches, counting each layer's drops on this rank in plain Python."""
+    from moe_models.native import native_blocks
+
+    trainer = parity.build_trainer(source, out, config, accumulation=2, max_steps=2, eval_strategy="no")
+    counts: list[dict[str, list[int]]] = [{}, {}]
+    factor = config["moe"]["layer"]["capacity_factor"]
+
+    def count(name: str, gate: Any, args: Any) -> None:
+        if gate.training:
+            block = native_blocks(trainer.model)[name]
+            kept = counts[trainer.state.global_step].setdefault(name.split(".")[2], [0, 0])
+            for index, value in enumerate(dropped_by_hand(args[0].detach(), block, factor)):
+                kept[index] += value
+
+    for name, block in native_blocks(trainer.model).items():
+        block.moe.deepspeed_moe.gate.register_forward_pre_hook(partial(count, name))
+    trainer.train()
+    trainer.save_model()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"counts": counts, "logged": logged, "proof": trainer.last_proof}
+
+
+@pytest.mark.parametrize(("name", "factor"), [("mixtral-k2", 0.5), ("mixtral-k2", 2.0), ("olmoe-k1", 1.0)])
+def test_drop_rate_is_logged_for_each_layer(
+    name: str,
+    factor: float,
+    clusters: Clusters,
+    native_checkpoints: Checkpoints,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Over both ranks and micro-batches; and the exported model is the trained one although evaluation drops too."""
+    config = native_config(1, 2, drop_tokens=True, capacity_factor=factor, eval_capacity_factor=0.5)
+    results = clusters(2).run(
+        train_and_count, str(native_checkpoints(name)), str(tmp_path / "out"), config, timeout=SECONDS
+    )
+    for step, entry in enumerate(results[0]["logged"]):
+        rates = {key: value for key, value in entry.items() if key.startswith("drop_rate/")}
+        per_rank = [result["counts"][step] for result in results]
+        assert set(rates) == {f"drop_rate/layer_{layer}" for layer in per_rank[0]}
+        for layer in per_rank[0]:
+            made, dropped = (sum(counts[layer][i] for counts in per_rank) for i in (0, 1))
+            assert rates[f"drop_rate/layer_{layer}"] == pytest.approx(dropped / made, abs=1e-9)
+            assert dropped > 0 or factor > 0.5
+            assert dropped == 0 or factor < 2.0, "with E/k times the even share every token has its place"
+    assert results[0]["proof"].max_logit_difference < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------ nothing hangs
+
+
+def unequal_runs(source: str, layer: dict[str, Any], agree: bool = True) -> list[float]:
+    """Forward and backward with other token counts on each rank, and an expert that nobody chooses; the losses."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM
+
+    from moe_models import native
+    from moe_models.families import FAMILIES
+    from moe_models.moe_schema import MoeLayer
+
+    parity.fresh_accelerate()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for router in (m for m in model.modules() if type(m).__name__.endswith("TopKRouter")):
+        with torch.no_grad():  # two experts' logits are each other's negative: one of them is always positive
+            router.weight[1], router.weight[2], router.weight[3] = 0, router.weight[0] * 9, router.weight[0] * -9
+    hook = native._agree_on_capacity
+    if not agree:
+        native._agree_on_capacity = lambda gate, args, routing: routing
+    try:
+        native.register_deepspeed_moe(model, MoeLayer(**layer), FAMILIES[model.config.model_type])
+    finally:
+        native._agree_on_capacity = hook
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        config={
+            "zero_optimization": {"stage": 1},
+            "train_micro_batch_size_per_gpu": 1,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        },
+    )
+    losses = []
+    for lengths in ((5, 40), (40, 5), (1, 30), (33, 32)):
+        length = lengths[dist.get_rank() % 2]
+        ids = torch.arange(3, 3 + max(2, length))[None] % 64
+        loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        engine.eval()
+        with torch.no_grad():
+            engine(input_ids=ids[:, : 1 + length // 2], use_cache=False)
+        engine.train()
+        losses.append(loss.item())
+    engine.destroy()
+    return losses
+
+
+LAYERS: list[tuple[str, dict[str, Any]]] = [
+    ("mixtral-k2", {}),
+    ("mixtral-k2", {"drop_tokens": True, "capacity_factor": 0.5}),
+    ("qwen3_moe-k4", {"drop_tokens": True}),
+    ("olmoe-k1", {}),
+    ("olmoe-k1", {"drop_tokens": True, "use_rts": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "layer"), LAYERS, ids=[f"{name}-{layer}" for name, layer in LAYERS])
+def test_unequal_token_counts_and_idle_experts(
+    name: str,
+    layer: dict[str, Any],
+    clusters: Clusters,
+    native_checkpoints: Checkpoints,  # noqa: F811
+) -> None:
+    """Training, and evaluation between the steps, each rank with its own number of tokens."""
+    arguments = (str(native_checkpoints(name)), {"ep_size": 2, **layer})
+    together = clusters(2).run(unequal_runs, *arguments, timeout=SECONDS)
+    assert all(0 < loss < 20 for losses in together for loss in losses)
+    if not layer:  # nothing is dropped, so spreading the experts changes nothing
+        apart = clusters(2).run(unequal_runs, arguments[0], {"ep_size": 1}, timeout=SECONDS)
+        for ours, reference in zip(together, apart, strict=True):
+            assert relative(ours, reference) < 1e-5
+
+
+def test_without_the_agreed_capacity_it_would_fail(
+    native_checkpoints: Checkpoints,  # noqa: F811
+) -> None:
+    cluster = Cluster(2)
+    layer = {"ep_size": 2, "drop_tokens": True}
+    try:
+        with pytest.raises(ChildError):
+            cluster.run(unequal_runs, str(native_checkpoints("mixtral-k2")), layer, agree=False, timeout=20)
+    finally:
+        cluster.stop()
+
+
+def train_an_epoch(source: str, out: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """One epoch of 13 rows, with evaluation at start and after each step on rows that do not fill the last batch."""
+    trainer = parity.build_trainer(
+        source, out, config, accumulation=2, max_steps=-1, num_train_epochs=1, train_rows=parity.rows(13),
+        eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=3, eval_on_start=False,
+        eval_rows=parity.rows(7, seed=1),
+    )  # fmt: skip
+    trainer.train()
+    return list(trainer.state.log_history)
+
+
+@pytest.mark.parametrize("layer", [{}, {"drop_tokens": True}, {"aux_loss": "layer"}], ids=str)
+def test_evaluation_between_steps_and_the_last_incomplete_batch(
+    layer: dict[str, Any],
+    clusters: Clusters,
+    native_checkpoints: Checkpoints,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = native_config(2, 2, **layer)
+    arguments = (str(native_checkpoints("mixtral-k2")), str(tmp_path / "out"), config)
+    history = clusters(2).run(train_an_epoch, *arguments, timeout=SECONDS)[0]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert len(losses) == len(held_out) == 2
+    assert losses[1] != losses[0]
+    assert held_out[1] != held_out[0]
+
+
+# ------------------------------------------------------------------------------------------------- the ways in and out
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "world_size", "ep_size", "dtype"),
+    [
+        ("mixtral-k2", 1, 2, 2, "float32"),
+        ("qwen3_moe-k4", 2, 4, 2, "bfloat16"),
+        ("qwen2_moe-k2-shared", 1, 2, 1, "bfloat16"),
+        ("olmoe-k1", 2, 4, 4, "float32"),
+    ],
+)
+def test_live_and_offline_exports_are_the_same_files(
+    name: str,
+    stage: int,
+    world_size: int,
+    ep_size: int,
+    dtype: str,
+    clusters: Clusters,
+    native_checkpoints: Checkpoints,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = {**native_config(stage, ep_size), "bf16": {"enabled": dtype == "bfloat16"}}
+    out, options = tmp_path / "out", {"bf16": dtype == "bfloat16", "use_cpu": True, "timeout": SECONDS}
+    source = native_checkpoints(name)
+    proof = clusters(world_size).run(roundtrip.train_and_export, str(source), str(out), config, **options)[0]
+    assert proof.equal_tensors == len(roundtrip.load_tensors(source)) == len(roundtrip.load_tensors(out / "model"))
+    assert_offline_equals_live(out)
+
+
+def test_native_and_autoep_continue_each_other(
+    clusters: Clusters,
+    native_checkpoints: Checkpoints,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Through the Hugging Face folder, with the same next losses whichever of the two goes on."""
+    configs = {"native": native_config(1, 2), "autoep": parity.ds_config(2, 2)}
+    for first, config in configs.items():
+        source = native_checkpoints("mixtral-k2")
+        begun = clusters(2).run(parity.train_case, str(source), str(tmp_path / first), config, timeout=SECONDS)[0]
+        curves = {
+            then: clusters(2).run(
+                parity.train_case, begun["folder"], str(tmp_path / first / then), other, timeout=SECONDS
+            )[0]
+            for then, other in configs.items()
+        }
+        assert curves["native"]["batches"] == curves["autoep"]["batches"]
+        assert curves["native"]["loss"][0] != begun["loss"][0]
+        for key, bound in (("loss", LOSS_TOLERANCE), ("aux_loss", LOSS_TOLERANCE), ("grad_norm", NORM_TOLERANCE)):
+            assert relative(curves["native"][key], curves["autoep"][key]) < bound
+
+
+# ------------------------------------------------------------------------------------------------------ the recipe
+
+
+def write_capacity_json(folder: Path, **layer: Any) -> Path:
+    """The capacity preset for two ranks."""
+    config = json.loads((ROOT / "ds_configs" / "zero2_ep8_native_capacity.json").read_text())
+    config["moe"]["layer"].update(ep_size=2, **layer)
+    (folder / "ds.json").write_text(json.dumps(config))
+    return folder / "ds.json"
+
+
+def test_finetune_says_what_departs_from_the_model(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    data, out = write_jsonl(tmp_path / "train.jsonl", text_rows(16)), tmp_path / "out"
+    path = write_capacity_json(tmp_path, capacity_factor=0.5)
+    ended = launch(command(model, data, path, out, max_steps=2, logging_steps=1, report_to="none"), tmp_path)
+    assert ended.code == 0, ended
+    assert f"layout: 2 ranks: EP 2 x EDP 1, ZeRO-2  ({path})" in ended.stdout
+    assert "moe.layer: drop_tokens = true: an expert takes 0.5 times its even share (2 in evaluation" in ended.stdout
+    assert "drop_rate/layer_0" in ended.stdout
+    assert json.loads((out / "summary.json").read_text())["verified"]["missing_keys"] == 0
+
+
+def test_finetune_refuses_zero3_before_it_reads_weights(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"not weights")
+    config = json.loads((ROOT / "ds_configs" / "zero1_ep2_native.json").read_text())
+    config["zero_optimization"] = {"stage": 3}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    data = write_jsonl(tmp_path / "train.jsonl", text_rows(4))
+    ended = ForkedRecipe()(command(model, data, tmp_path / "ds.json", tmp_path / "out"), RANK="0", WORLD_SIZE="2")
+    assert ended.code == 2, ended
+    (line,) = ended.errors
+    assert line.startswith("moe.layer with zero_optimization.stage = 3: DeepSpeed refuses native layers there; set")
