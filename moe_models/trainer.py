@@ -8,6 +8,7 @@ and accelerate. What is added here, and why:
   every rank has finished writing.
 - A loss or gradient that is not finite ends the run before it can reach a checkpoint.
 - After ``deepspeed.initialize`` the AutoEP blocks are counted.
+- The load of the experts is logged with the loss.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from moe_models.checkpoint import EngineSource, export, is_writer
 from moe_models.families import FAMILIES, Family
 from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.proof import ExportProof, prove_folder, record_logits
+from moe_models.routing import Routing
 
 MODEL_FOLDER = "model"
 """Where ``save_model()`` without a folder puts the Hugging Face checkpoint, inside ``output_dir``."""
@@ -62,6 +64,8 @@ class MoETrainer(SFTTrainer):
         restore_rotary_buffers(model)
         register_presets()
         super().__init__(model, *args, **kwargs)
+        self.routing = Routing(self.family, self.source_config.to_dict())
+        self.add_callback(self.routing)
         # HF would replace a NaN loss by the running average in its logs; here it must be seen.
         self.args.logging_nan_inf_filter = False
         self._all_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
@@ -75,7 +79,14 @@ class MoETrainer(SFTTrainer):
         section = (self.accelerator.state.deepspeed_plugin.deepspeed_config or {}).get("expert_parallel") or {}
         if section.get("enabled"):
             check_replaced(self.model, self.family, self.source_config.to_dict(), section.get("autoep_size", 1))
+        ep_size = section.get("autoep_size", 1) if section.get("enabled") else 1
+        self.routing.attach(self.model, ep_size, self.args.device)
         return prepared
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add how evenly tokens were spread: see :data:`moe_models.load_stats.LOGGED`."""
+        logs.update(self.routing.figures(logs, self.state.global_step, self.args.output_dir))
+        super().log(logs, *args, **kwargs)
 
     # --- finite or stop
 
