@@ -125,6 +125,8 @@ def load_ds_config(path: str | Path) -> DsConfig:
     if problems:
         raise UserError(f"{path}: {problem}" for problem in problems)
     assert expert_parallel is None or isinstance(expert_parallel, ExpertParallel)
+    moe = sections.get("moe", Moe())
+    assert isinstance(moe, Moe)
     precision: Literal["bf16", "fp16", "fp32", "auto"] = "auto" if "auto" in enabled.values() else "fp32"
     if enabled.get("bf16") is True:
         precision = "bf16"
@@ -135,7 +137,7 @@ def load_ds_config(path: str | Path) -> DsConfig:
         raw=raw,
         deepspeed={key: copy.deepcopy(value) for key, value in raw.items() if key != "moe"},
         expert_parallel=expert_parallel if expert_parallel and expert_parallel.enabled else None,
-        moe=Moe(),
+        moe=moe,
         zero_stage=int(getattr(sections.get("zero_optimization"), "stage", 0)),
         tp_size=max(1, getattr(sections.get("tensor_parallel"), "autotp_size", 1)),
         sp_size=raw.get("sequence_parallel_size", 1),

@@ -8,7 +8,7 @@ and accelerate. What is added here, and why:
   every rank has finished writing.
 - A loss or gradient that is not finite ends the run before it can reach a checkpoint.
 - After ``deepspeed.initialize`` the AutoEP blocks are counted.
-- The load of the experts is logged with the loss.
+- The load of the experts is logged with the loss, and balanced as ``"moe": {"balance": ...}`` says.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from trl import SFTTrainer
 
 from moe_models.autoep import check_replaced, register_presets, restore_rotary_buffers
 from moe_models.checkpoint import EngineSource, export, is_writer
+from moe_models.ds_schema import Balance
 from moe_models.families import FAMILIES, Family
 from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.proof import ExportProof, prove_folder, record_logits
@@ -53,7 +54,14 @@ class MoETrainer(SFTTrainer):
         ExportError: from :meth:`save_model`, if the folder would not hold the whole model.
     """
 
-    def __init__(self, model: Any, *args: Any, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *args: Any,
+        max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+        balance: Balance | None = None,
+        **kwargs: Any,
+    ) -> None:
         if model.config.model_type not in FAMILIES:
             raise ValueError(f"model_type {model.config.model_type!r} is not one of {sorted(FAMILIES)}")
         self.family: Family = FAMILIES[model.config.model_type]
@@ -64,7 +72,11 @@ class MoETrainer(SFTTrainer):
         restore_rotary_buffers(model)
         register_presets()
         super().__init__(model, *args, **kwargs)
-        self.routing = Routing(self.family, self.source_config.to_dict())
+        coefficient = self.router_aux_loss_coef
+        if balance is not None:  # ours instead of TRL's
+            coefficient = coefficient if balance.aux_loss_coef is None else balance.aux_loss_coef
+            self.aux_loss_enabled = model.config.output_router_logits = False
+        self.routing = Routing(self.family, self.source_config.to_dict(), balance, coefficient)
         self.add_callback(self.routing)
         # HF would replace a NaN loss by the running average in its logs; here it must be seen.
         self.args.logging_nan_inf_filter = False
@@ -81,7 +93,19 @@ class MoETrainer(SFTTrainer):
             check_replaced(self.model, self.family, self.source_config.to_dict(), section.get("autoep_size", 1))
         ep_size = section.get("autoep_size", 1) if section.get("enabled") else 1
         self.routing.attach(self.model, ep_size, self.args.device)
+        resumed = kwargs.get("resume_from_checkpoint", args[2] if len(args) > 2 else None)
+        if resumed is not None:
+            self.routing.load(Path(resumed))
         return prepared
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; in training with the terms of ``"moe": {"balance": ...}``."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.model.training:
+            return loss
+        # Like TRL's own term: a mean over micro-batches, which Trainer leaves to us where it counts tokens itself.
+        counted = kwargs.get("num_items_in_batch") is not None
+        return loss + self.routing.loss(inputs, self.current_gradient_accumulation_steps if counted else 1)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add how evenly tokens were spread: see :data:`moe_models.load_stats.LOGGED`."""
@@ -141,6 +165,7 @@ class MoETrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if is_writer():
             self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            self.routing.save(staging / name)
             if (run_dir / name).exists():  # a resumed run passes this step again
                 os.replace(run_dir / name, staging / "replaced")
             os.replace(staging / name, run_dir / name)
@@ -170,11 +195,14 @@ class MoETrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             return
         folder = Path(output_dir or os.path.join(self.args.output_dir, MODEL_FOLDER))
-        ids_BT, logits_BTV = record_logits(engine, self.source_config.vocab_size)
+        with self.routing.as_exported():
+            ids_BT, logits_BTV = record_logits(engine, self.source_config.vocab_size)
         self.last_proof = None
 
         def prove(staged: Path) -> None:
             self.last_proof = prove_folder(staged, ids_BT, logits_BTV)
+            if self.routing.left_out:
+                self.routing.save(staged)
 
         export(
             EngineSource(engine, self.family),

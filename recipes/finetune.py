@@ -61,7 +61,7 @@ def main() -> int:
     from moe_models.trainer import TrainingStoppedError
 
     try:
-        trainer = build_trainer(recipe, args, model_args, train_rows, eval_rows)
+        trainer = build_trainer(recipe, args, model_args, train_rows, eval_rows, ds.moe.balance)
         trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
         evaluate_and_export(trainer, ds, eval_rows)
     except UserError as error:
@@ -261,7 +261,7 @@ def load_data(script: Any, recipe: Any, args: Any) -> tuple[Any, Any]:
     return train_rows, eval_rows
 
 
-def build_trainer(recipe: Any, args: Any, model_args: Any, train_rows: Any, eval_rows: Any) -> Any:
+def build_trainer(recipe: Any, args: Any, model_args: Any, train_rows: Any, eval_rows: Any, balance: Any) -> Any:
     """Read the weights and put the trainer together. Raises UserError for a folder or data that do not fit together."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -299,6 +299,7 @@ def build_trainer(recipe: Any, args: Any, model_args: Any, train_rows: Any, eval
             eval_dataset=eval_rows,
             processing_class=tokenizer,
             max_shard_bytes=parse_size(recipe.export_max_shard_size),
+            balance=balance,
         )
     except ValueError as error:  # flags that TRL finds at odds with each other or with the data
         raise UserError(" ".join(str(error).split())) from error
@@ -350,6 +351,7 @@ def evaluate_and_export(trainer: Any, ds: Any, eval_rows: Any) -> None:
         "eval_loss_before": held_out[0] if trainer.args.eval_on_start and held_out else None,
         "eval_loss_after": held_out[-1] if held_out else None,
         "verified": asdict(trainer.last_proof),
+        "left_out": trainer.routing.left_out,
         "checkpoint": str(folder / MODEL_FOLDER),
     }
     temporary = folder / ".summary.json"
@@ -371,6 +373,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     }
     if not held_out:
         del lines["held-out loss"]
+    if summary["left_out"]:
+        lines["warning"] = summary["left_out"]
     print(*(f"{name:14}{text}" for name, text in lines.items()), sep="\n", flush=True)
 
 

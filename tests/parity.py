@@ -66,7 +66,7 @@ def tokenizer() -> Any:
 
 def build_trainer(
     source: str, output_dir: str, config: dict[str, Any], *, accumulation: int = 1, model: Any = None,
-    trainer_class: Any = None, train_rows: Any = None, **options: Any,
+    trainer_class: Any = None, train_rows: Any = None, balance: dict[str, Any] | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     """A MoETrainer on this rank, as recipes/finetune.py builds it, that records the batches it consumes."""
     import torch
@@ -75,6 +75,7 @@ def build_trainer(
     from trl import SFTConfig
 
     from moe_models.cpu import join_cpu_ranks
+    from moe_models.ds_schema import Balance
     from moe_models.trainer import MoETrainer
 
     class RecordingTrainer(trainer_class or MoETrainer):  # type: ignore[misc]
@@ -113,8 +114,9 @@ def build_trainer(
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     trainer = RecordingTrainer(
-        model=model, args=args, train_dataset=Dataset.from_list(train_rows or rows(64)), processing_class=tokenizer()
-    )
+        model=model, args=args, train_dataset=Dataset.from_list(train_rows or rows(64)), processing_class=tokenizer(),
+        balance=None if balance is None else Balance(**balance),
+    )  # fmt: skip
     trainer.batches = []
     return trainer
 
@@ -131,6 +133,7 @@ def train_case(
         "loss": [entry["loss"] for entry in history],
         "aux_loss": [entry.get("aux_loss") for entry in history],
         "grad_norm": [entry["grad_norm"] for entry in history],
+        "z_loss": [entry.get("z_loss") for entry in history],
         "batches": trainer.batches,
         "proof": trainer.last_proof,
         "folder": f"{output_dir}/model",

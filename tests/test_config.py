@@ -133,7 +133,17 @@ WORDS: list[tuple[dict[str, Any], str]] = [
     ({"elasticity": {}}, "elasticity = {}: DeepSpeed no longer has this section; remove it"),
     ({"zero_optimization": True}, "zero_optimization = true: must be an object {...}; remove the key to leave"),
     ({"moe": 8}, "moe = 8: must be an object {...}"),
-    ({"moe": {"layer": {"k": 2}}}, 'moe.layer = {"k": 2}: unknown key; remove it; allowed: nothing yet'),
+    ({"moe": {"layer": {"k": 2}}}, 'moe.layer = {"k": 2}: unknown key; remove it; allowed: balance'),
+    ({"moe": {"balance": {"scop": "sequence"}}}, 'moe.balance.scop = "sequence": unknown key; did you mean "scope"?'),
+    (
+        {"moe": {"balance": {"scope": "global"}}},
+        "moe.balance.scope = \"global\": must be 'micro_batch', 'global_batch' or 'sequence'; remove the key",
+    ),
+    (
+        {"moe": {"balance": {"bias_update_rate": -1}}},
+        "moe.balance.bias_update_rate = -1: must be at least 0",
+    ),
+    ({"moe": {"balance": {"z_loss_coef": "auto"}}}, 'moe.balance.z_loss_coef = "auto": must be a number'),
     ({"optimizer": {"typ": "AdamW"}}, 'optimizer.typ = "AdamW": unknown key; did you mean "type"?'),
     ({"optimizer": {"params": 3}}, "optimizer.params = 3: must be an object {...}"),
     (

@@ -1,4 +1,4 @@
-"""The counters equal a plain-Python recount of the router's choices, by single-process Hugging Face on the same batches.
+"""The counters equal a plain-Python recount of the routers' choices by single-process Hugging Face, same batches.
 
 The learning rate is 0, so that every step routes with the weights of the checkpoint.
 """
