@@ -9,13 +9,13 @@ Layouts, as DeepSpeed 0.19.8 writes them under ``global_step<N>/``:
   after the other. Dense groups are partitioned over all ranks, expert groups over the ranks that hold the same experts.
 
 Files are read with ``torch.load(weights_only=True, mmap=True)``: nothing in them is executed, and only the tensors
-asked for come into memory.
+asked for come into memory (as pages of the file, which the kernel may drop again).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ def load_states(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read as plain tensors ({reason}); it is damaged, or holds objects that only code "
             "execution could restore: resume the run and let it export, or use another checkpoint"
         ) from error
+    if not isinstance(states, dict):
+        raise UserError(f"{path}: holds a {type(states).__name__}, not the states that DeepSpeed writes")
     return states
 
 
@@ -94,10 +96,15 @@ class FolderSource:
         else:
             self._open_zero3()
         first = self._ranks[0]
+        if not isinstance(first.get("module"), dict):
+            raise UserError(f"{self._step}: its model states hold no module; this is not a DeepSpeed checkpoint")
         self._names = {family.autoep_to_module(n): n for n in first["module"] if not _is_router_alias(n)}
         self._layers = {entry["module_path"]: entry for entry in first.get("ds_autoep_layers") or []}
         if not self._optimizers:
             self._check_expert_files()
+        self._unasked = dict.fromkeys(self._names)
+        for block in self._layers:
+            self._unasked.update({f"{block}.experts.{name}": None for name in AUTOEP_EXPERT_NAMES.values()})
         self.dtype: torch.dtype = next(t.dtype for t in first["module"].values() if t.is_floating_point())
 
     def _open_zero3(self) -> None:
@@ -121,14 +128,17 @@ class FolderSource:
             [self._expert_file(entry, e) for entry in self._layers.values() for e in range(entry["num_experts"])]
         )
 
+    @torch.no_grad()
     def dense(self, name: str) -> torch.Tensor:
         """See :class:`~moe_models.checkpoint.TensorSource`. Raises KeyError if the checkpoint has no such tensor."""
         stored = self._names[name]
+        self._unasked.pop(name, None)
         kept: torch.Tensor = self._ranks[0]["module"][stored]
         if self._optimizers and stored in self._pieces[0]:
             return self._join(stored, 0).to(kept.dtype)
         return kept
 
+    @torch.no_grad()
     def experts(self, block: str, projection: str) -> torch.Tensor:
         """See :class:`~moe_models.checkpoint.TensorSource`."""
         if block not in self._layers:
@@ -136,13 +146,23 @@ class FolderSource:
             assert fused is not None  # a folder has no ranks that only help
             return fused
         entry = self._layers[block]
-        stored = f"{entry['expert_key_prefix']}.{AUTOEP_EXPERT_NAMES[projection]}"
+        weight = AUTOEP_EXPERT_NAMES[projection]
+        stored = f"{entry['expert_key_prefix']}.{weight}"
+        self._unasked.pop(f"{block}.experts.{weight}", None)
         if not self._optimizers:
-            files = (load_states(self._expert_file(entry, e)) for e in range(entry["num_experts"]))
-            return torch.stack([states[f"{stored}.{e}"] for e, states in enumerate(files)])
+            files = (self._expert_file(entry, e) for e in range(entry["num_experts"]))
+            return torch.stack([_tensor_in(path, f"{stored}.{e}") for e, path in enumerate(files)])
         # One rank per EP rank is enough to find the partitions of its experts.
         owners = {self._entry(rank, block)["ep_rank"]: rank for rank in reversed(range(len(self._ranks)))}
-        return torch.cat([self._join(stored, owners[ep_rank]).to(self.dtype) for ep_rank in range(entry["ep_size"])])
+        E_local, *shape = self._pieces[owners[0]][stored].shape
+        stacked = torch.empty((E_local * entry["ep_size"], *shape), dtype=self.dtype)
+        for ep_rank, share in enumerate(stacked.chunk(entry["ep_size"])):
+            share.copy_(self._join(stored, owners[ep_rank]))
+        return stacked
+
+    def unasked(self) -> Iterable[str]:
+        """See :class:`~moe_models.checkpoint.TensorSource`."""
+        return self._unasked
 
     def _entry(self, rank: int, block: str) -> Mapping[str, Any]:
         return next(e for e in self._ranks[rank]["ds_autoep_layers"] if e["module_path"] == block)
@@ -157,9 +177,21 @@ class FolderSource:
                 parts.append(self._ranks[member]["frozen_param_fragments"][stored].flatten())
             else:
                 flat = self._optimizers[member]["fp32_flat_groups"][other.group]
+                if flat.numel() < other.start + other.numel:
+                    raise UserError(
+                        f"{self._step}: rank {member} saved {flat.numel()} values where {stored} needs "
+                        f"{other.start + other.numel}; weights offloaded to NVMe are not part of a checkpoint"
+                    )
                 parts.append(flat.narrow(0, other.start, other.numel))
         numel = torch.Size(piece.shape).numel()
         return torch.cat(parts).narrow(0, 0, numel).view(piece.shape)
+
+
+def _tensor_in(path: Path, name: str) -> torch.Tensor:
+    tensor = load_states(path).get(name)
+    if not isinstance(tensor, torch.Tensor):
+        raise UserError(f"{path}: holds no tensor {name}; the checkpoint is damaged, use an earlier one")
+    return tensor
 
 
 def _is_router_alias(name: str) -> bool:

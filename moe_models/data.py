@@ -98,15 +98,30 @@ def _refuse_wrong_values(where: str, rows: Any, columns: tuple[str, ...]) -> Non
             raise UserError(f"{where}: {column} holds {kind}; it must be {wanted}")
 
 
-def cut_rows(rows: Any, max_length: int | None) -> tuple[int, int]:
-    """(rows that were cut to ``max_length`` tokens, rows in all) of a data set that the trainer has tokenised.
+def warnings_for_rows(given: Any, prepared: Any, args: Any) -> list[str]:
+    """What TRL took from the ``given`` rows when it ``prepared`` them for training with ``args`` (an SFTConfig).
 
-    A row of exactly ``max_length`` tokens counts as cut: its original length is no longer known.
+    Raises UserError if nothing is left. Streamed rows are not known yet; packing cuts and drops nothing.
     """
-    if max_length is None or not hasattr(rows, "__len__"):
-        return 0, 0
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    return sum(length >= max_length for length in lengths), len(lengths)
+    if args.packing or args.max_length is None or not hasattr(prepared, "__len__"):
+        return []
+    lines = []
+    dropped = len(given) - len(prepared)
+    if dropped:
+        lines.append(
+            f"{dropped} of {len(given)} rows have no token left to learn within --max_length {args.max_length} and "
+            "were dropped"
+        )
+    if len(prepared) == 0:
+        raise UserError(f"{lines[0]}; raise --max_length, or look at where the completions begin")
+    # A row of exactly max_length tokens counts too: its original length is no longer known.
+    full = sum(len(ids) >= args.max_length for ids in prepared["input_ids"])
+    if full:
+        lines.append(
+            f"{full} of {len(given)} rows fill --max_length {args.max_length}; what goes beyond it was cut off. "
+            "--packing True splits long rows instead, a larger --max_length keeps more"
+        )
+    return lines
 
 
 def check_chat_template(tokenizer: Any, rows: Any, name: str) -> None:

@@ -1,13 +1,17 @@
 """Writing a Hugging Face model folder that is complete or absent, never half.
 
 Tensors arrive one by one and leave in shards, so the writer holds one shard at most. Everything goes into a hidden
-sibling folder first; :meth:`HFFolderWriter.finish` renames it only after every expected tensor has been seen once, with
-its shape, its dtype and finite values.
+sibling folder first (``.NAME.writing``); :meth:`HFFolderWriter.finish` renames it only after every expected tensor has
+been seen once, with its shape, its dtype and finite values, and everything has reached the disk. An earlier export is
+moved to ``.NAME.previous`` for the moment between two renames; if the process dies right there, the next export into
+the same place puts it back first.
 """
 
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
 import json
 import os
 import re
@@ -18,12 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 """What ``save_pretrained`` used for years; hub pages and loaders are fine with it."""
 
 INDEX_NAME = "model.safetensors.index.json"
+
+_WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_COMPANIONS = re.compile(
+    r"config\.json|generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt"
+    r"|spiece\.model|sentencepiece\..*|chat_template\..*|additional_chat_templates"
+)
+"""With the weights, all that an export writes; a folder that holds anything else is not replaced."""
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -45,21 +57,22 @@ class HFFolderWriter:
 
     Args:
         folder: the final place; it must not exist, be empty, or hold an earlier export and nothing else.
-        expected: hub name -> shape of every tensor that the finished folder must hold.
+        expected: hub name -> (shape, dtype) of every tensor that the finished folder must hold.
         max_shard_bytes: a shard is written when the next tensor would make it larger.
 
     Raises:
-        ExportError: from ``__init__`` if ``folder`` holds something that is not an export; from :meth:`add` for an
-            unknown, repeated, misshapen or non-finite tensor; from :meth:`finish` for missing ones.
+        ExportError: from ``__init__`` if ``folder`` holds something that is not an export, or another process is
+            writing there; from :meth:`add` for an unknown, repeated, misshapen or non-finite tensor, or one of another
+            dtype; from :meth:`close_weights` for missing ones; from all of them if the disk refuses.
     """
 
     def __init__(
         self,
         folder: Path,
-        expected: Mapping[str, tuple[int, ...]],
+        expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.realpath(folder))  # "." has no name, and a link must not be renamed
         self._expected = dict(expected)
         self._max_shard_bytes = max_shard_bytes
         self._shard: dict[str, torch.Tensor] = {}
@@ -68,11 +81,14 @@ class HFFolderWriter:
         self._seen: set[str] = set()
         self.total_bytes = 0
         self.total_parameters = 0
+        restore_previous(self.folder)
         refuse_foreign_folder(self.folder)
         self.staging = self.folder.with_name(f".{self.folder.name}.writing")
-        if self.staging.exists():  # left by a crash: by construction nobody else writes there
+        if self.staging.exists():
+            os.close(_lock(self.staging))  # a living export holds the lock; what a crash left is free
             shutil.rmtree(self.staging)
         self.staging.mkdir(parents=True)
+        self._lock_fd = _lock(self.staging)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor (CPU, any stride). It must own its memory or be copied here: shards outlive the caller."""
@@ -80,8 +96,11 @@ class HFFolderWriter:
             raise ExportError(f"{name}: not a tensor of this model's Hugging Face checkpoint")
         if name in self._seen:
             raise ExportError(f"{name}: arrived twice")
-        if tuple(tensor.shape) != tuple(self._expected[name]):
-            raise ExportError(f"{name}: has shape {list(tensor.shape)}, expected {list(self._expected[name])}")
+        shape, dtype = self._expected[name]
+        if tuple(tensor.shape) != tuple(shape):
+            raise ExportError(f"{name}: has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.dtype != dtype:
+            raise ExportError(f"{name}: is {tensor.dtype}, expected {dtype}")
         if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ExportError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
@@ -100,7 +119,10 @@ class HFFolderWriter:
         if not self._shard:
             return
         file = f"shard-{len(self._shard_files):05d}.safetensors"
-        save_file(self._shard, self.staging / file, metadata={"format": "pt"})
+        try:
+            save_file(self._shard, self.staging / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # it is no OSError, even for a full disk
+            raise ExportError(f"{self.staging / file}: cannot be written: {error}") from error
         self._shard_files.append((file, list(self._shard)))
         self._shard, self._shard_bytes = {}, 0
 
@@ -128,12 +150,41 @@ class HFFolderWriter:
 
     def finish(self) -> Path:
         """Rename the staging folder to its final name, replacing an earlier export, and return it."""
+        for file in self.staging.rglob("*"):  # a network file system may report a full disk only here
+            _sync(file)
+        _sync(self.staging)
         replace_folder(self.staging, self.folder)
+        os.close(self._lock_fd)
         return self.folder
 
     def discard(self) -> None:
         """Remove what was written so far."""
         shutil.rmtree(self.staging, ignore_errors=True)
+        os.close(self._lock_fd)
+
+
+def _lock(folder: Path) -> int:
+    """Lock ``folder`` for this process, until the returned descriptor is closed or the process dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ExportError(f"{folder}: another export is writing there; wait for it or give a new folder") from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def refuse_foreign_folder(folder: Path) -> None:
@@ -142,19 +193,33 @@ def refuse_foreign_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ExportError(f"{folder}: is a file, not a folder")
-    entries = list(folder.iterdir())
-    if entries and (any(entry.is_dir() for entry in entries) or not (folder / "config.json").exists()):
-        raise ExportError(f"{folder}: is not empty and is not an earlier export; give a new folder")
+    entries = sorted(folder.iterdir())
+    known = (_WEIGHT_FILES, _COMPANIONS)
+    foreign = [entry.name for entry in entries if not any(pattern.fullmatch(entry.name) for pattern in known)]
+    if foreign or (entries and not (folder / "config.json").exists()):
+        what = f" (it holds {foreign[0]})" if foreign else ""
+        raise ExportError(f"{folder}: is not empty and is not an earlier export{what}; give a new folder")
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def restore_previous(folder: Path) -> None:
+    """Put an earlier export back that a process had moved away when it died between two renames."""
+    if _previous(folder).exists() and not folder.exists():
+        os.replace(_previous(folder), folder)
 
 
 def replace_folder(staging: Path, final: Path) -> None:
     """Give ``staging`` the name ``final``. Each state that a crash can leave holds at least one whole folder."""
-    previous = final.with_name(f".{final.name}.previous")
-    if previous.exists() and final.exists():
+    previous = _previous(final)
+    if previous.exists():
         shutil.rmtree(previous)
     if final.exists():
         os.replace(final, previous)
     os.replace(staging, final)
+    _sync(final.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -163,12 +228,27 @@ def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
 
     Built on the meta device: no memory, no weights. Tied tensors appear once, as ``save_pretrained`` writes them.
     """
+    model = _meta_model(config)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+
+
+def tied_names(config: Any) -> set[str]:
+    """Module-layout names of the tensors that are another one's memory, and so not part of a checkpoint."""
+    return set(getattr(_meta_model(config), "all_tied_weights_keys", None) or {})
+
+
+def kept_in_fp32(config: Any) -> re.Pattern[str] | None:
+    """Matches the names of tensors that transformers holds in fp32 in a model of any dtype (DeepSeek-V3's bias)."""
+    patterns = getattr(_meta_model(config), "_keep_in_fp32_modules_strict", None) or ()
+    return re.compile("|".join(sorted(p.replace("*", ".*") for p in patterns))) if patterns else None
+
+
+def _meta_model(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with without_zero3(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+        return AutoModelForCausalLM.from_config(config)
 
 
 @contextmanager
@@ -201,6 +281,17 @@ def save_companions(
         generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy config, tokenizer and generation config as they are: reading and saving a tokenizer can change its files."""
+    for entry in sorted(source.iterdir()):
+        if not _COMPANIONS.fullmatch(entry.name):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, folder / entry.name)
+        else:
+            shutil.copyfile(entry, folder / entry.name)
 
 
 def with_progress(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:

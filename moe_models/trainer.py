@@ -112,6 +112,12 @@ class MoETrainer(SFTTrainer):
         logs.update(self.routing.figures(logs, self.state.global_step, self.args.output_dir))
         super().log(logs, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # HF would train one more step of a run that was finished
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # --- finite or stop
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -197,15 +203,16 @@ class MoETrainer(SFTTrainer):
         folder = Path(output_dir or os.path.join(self.args.output_dir, MODEL_FOLDER))
         with self.routing.as_exported():
             ids_BT, logits_BTV = record_logits(engine, self.source_config.vocab_size)
+        source = EngineSource(engine, self.family)
         self.last_proof = None
 
         def prove(staged: Path) -> None:
-            self.last_proof = prove_folder(staged, ids_BT, logits_BTV)
+            self.last_proof = prove_folder(staged, ids_BT, logits_BTV, source.fingerprints)
             if self.routing.left_out:
                 self.routing.save(staged)
 
         export(
-            EngineSource(engine, self.family),
+            source,
             self.family,
             self.source_config,
             folder,

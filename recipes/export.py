@@ -6,7 +6,7 @@
 Every expert is collected from the files of all ranks, ZeRO partitions are joined, and the weights are written in the
 hub's names and layout, with config.json, tokenizer and generation config. The folder appears under its name only when
 nothing is missing, no shape is wrong and every value is finite. It is byte for byte what the running training would
-have exported at that step. Memory: one stacked projection of one layer and one shard.
+have exported at that step. Memory: one projection of one layer's experts, and one shard.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
         problems.append(f"--max_shard_size {error}")
     try:
         refuse_foreign_folder(output_dir)
-    except ExportError as error:
+    except (ExportError, OSError) as error:
         problems.append(f"--output_dir {error}")
     family, model_type = None, None
     if not checkpoint.is_dir():
@@ -74,29 +74,31 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
         raise UserError(problems)
 
     from rich.progress import Progress
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig
 
     from moe_models.checkpoint import export
     from moe_models.checkpoint_folder import FolderSource
     from moe_models.routing import BIAS_FILE
 
     source = FolderSource(checkpoint, family)
-    has_generation_config = (checkpoint / "generation_config.json").exists()
-    has_tokenizer = (checkpoint / "tokenizer_config.json").exists()
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except Exception as error:  # whatever transformers says about values it cannot use
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{checkpoint}: its config.json cannot be used: {reason}") from error
     try:
         with Progress(transient=True) as bar:
             task = bar.add_task("export", total=None)
             export(
                 source,
                 family,
-                AutoConfig.from_pretrained(checkpoint),
+                config,
                 output_dir,
-                tokenizer=AutoTokenizer.from_pretrained(checkpoint) if has_tokenizer else None,
-                generation_config=GenerationConfig.from_pretrained(checkpoint) if has_generation_config else None,
+                companions=checkpoint,
                 max_shard_bytes=max_shard_bytes,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-    except (ExportError, KeyError) as error:
+    except ExportError as error:
         raise UserError(f"{checkpoint}: cannot be exported: {error}") from error
     size = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
     print(f"{output_dir}: {size / 1e9:.2f} GB, {source.dtype}, complete; load it with from_pretrained")

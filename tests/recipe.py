@@ -35,8 +35,8 @@ ENVIRONMENT = {
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '> ' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + ' <eos> ' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + ' <eos> ' }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + ' <eos>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + ' <eos>' }}{% endif %}{{ ' ' }}{% endfor %}"
 )
 
 
@@ -188,3 +188,51 @@ def _run_script(arguments: list[str], environment: dict[str, str], out: Path, er
     os.chdir(ROOT)
     sys.argv = [str(SCRIPT), *arguments]
     runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+# ------------------------------------------------------------------------------ the recipe's own functions in a cluster
+
+
+def start_in_cluster(arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """(trainer, checked JSON, held-out rows, the script's names) on this rank, up to before ``trainer.train()``."""
+    from tests.parity import fresh_accelerate
+
+    fresh_accelerate()
+    script = runpy.run_path(str(SCRIPT), run_name="recipe")
+    flags, recipe, args, model_args, ds = script["read_command_line"](arguments)
+    train_rows, eval_rows = script["load_data"](flags, recipe, args)
+    trainer = script["build_trainer"](recipe, args, model_args, train_rows, eval_rows)
+    return trainer, ds, eval_rows, script
+
+
+def train_in_cluster(arguments: list[str], callbacks: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """Train as the recipe does, export, and return what was logged and where the model lies."""
+    trainer, _, eval_rows, script = start_in_cluster(arguments)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=script["_resume"](trainer.args.resume_from_checkpoint))
+    if eval_rows is not None:
+        trainer.evaluate()
+    trainer.save_model()
+    return {
+        "history": trainer.state.log_history,
+        "steps": trainer.state.global_step,
+        "best": trainer.state.best_model_checkpoint,
+        "proof": trainer.last_proof,
+        "folder": str(Path(trainer.args.output_dir) / "model"),
+    }
+
+
+def curve(result: dict[str, Any], *keys: str) -> dict[int, tuple[float, ...]]:
+    """step -> the logged values of ``keys``, of the training steps that were logged."""
+    rows = [entry for entry in result["history"] if "loss" in entry]
+    return {entry["step"]: tuple(entry[key] for key in keys) for entry in rows}
+
+
+def largest_difference(ours: str | Path, reference: str | Path) -> float:
+    """Over all weights of two exported folders, which must hold the same tensors."""
+    from safetensors.torch import load_file
+
+    a, b = load_file(f"{ours}/model.safetensors"), load_file(f"{reference}/model.safetensors")
+    assert list(a) == list(b), "the two folders hold different tensors"
+    return max(float((a[name] - b[name]).abs().max()) for name in a)

@@ -420,7 +420,11 @@ def test_output_dir(tmp_path: Path) -> None:
     assert check_output_dir(tmp_path / "new") == []
     assert check_output_dir(tmp_path) == []
     assert "nothing to resume from" in one(check_output_dir(tmp_path, True))
-    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5").mkdir()  # by hand, or left by something else
+    assert "not empty, and no checkpoint to go on from; give another folder, or" in one(check_output_dir(tmp_path))
+    assert one(check_output_dir(tmp_path, True)).endswith("drop --resume_from_checkpoint and remove that folder")
+    assert "no trainer_state.json in it" in one(check_output_dir(tmp_path, str(tmp_path / "checkpoint-5")))
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
     assert "not empty; give another folder, or go on from it with" in one(check_output_dir(tmp_path))
     assert check_output_dir(tmp_path, True) == []
     assert check_output_dir(tmp_path, str(tmp_path / "checkpoint-5")) == []
