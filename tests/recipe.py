@@ -201,7 +201,7 @@ def start_in_cluster(arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any
     script = runpy.run_path(str(SCRIPT), run_name="recipe")
     flags, recipe, args, model_args, ds = script["read_command_line"](arguments)
     train_rows, eval_rows = script["load_data"](flags, recipe, args)
-    trainer = script["build_trainer"](recipe, args, model_args, train_rows, eval_rows)
+    trainer = script["build_trainer"](recipe, args, model_args, train_rows, eval_rows, ds.moe.balance)
     return trainer, ds, eval_rows, script
 
 
