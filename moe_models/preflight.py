@@ -254,8 +254,11 @@ def _balance_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> Iterator
         return
     model_type = model_config.get("model_type")
     coefficient = model_config.get("router_aux_loss_coef") if balance.aux_loss_coef is None else balance.aux_loss_coef
+    family = FAMILIES.get(str(model_type))
+    if coefficient is None and family is not None and not family.returns_aux_loss:
+        coefficient = 0.0
     for key, value, default in (("scope", balance.scope, "micro_batch"), ("per_layer", balance.per_layer, False)):
-        if value != default and not coefficient:
+        if value != default and coefficient == 0:
             yield (
                 f"moe.balance.{key} = {show(value)}: does nothing, because there is no auxiliary loss; set "
                 "moe.balance.aux_loss_coef above 0, or remove the key"
