@@ -91,13 +91,11 @@ class FolderSource:
         if any(re.search(r"mp_rank_(?!00_)\d+_", p.name) for p in self._step.glob("*model_states.pt")):
             raise UserError(f"{self._step}: was saved with tensor parallelism, which this export cannot join yet")
         if (self._step / "mp_rank_00_model_states.pt").exists():
-            self._ranks = [load_states(self._step / "mp_rank_00_model_states.pt")]
+            self._ranks = [_load_with(self._step / "mp_rank_00_model_states.pt", "module")]
             self._optimizers: list[dict[str, Any]] = []
         else:
             self._open_zero3()
         first = self._ranks[0]
-        if not isinstance(first.get("module"), dict):
-            raise UserError(f"{self._step}: its model states hold no module; this is not a DeepSpeed checkpoint")
         self._names = {family.autoep_to_module(n): n for n in first["module"] if not _is_router_alias(n)}
         self._layers = {entry["module_path"]: entry for entry in first.get("ds_autoep_layers") or []}
         if not self._optimizers:
@@ -111,13 +109,13 @@ class FolderSource:
         first = self._step / "zero_pp_rank_0_mp_rank_00_model_states.pt"
         if not first.exists():
             raise UserError(f"{self._step}: holds no model states; the checkpoint is incomplete")
-        world_size = int(load_states(first)["dp_world_size"])
+        world_size = int(_load_with(first, "dp_world_size")["dp_world_size"])
         models = [self._step / f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(world_size)]
-        plain = [self._step / f"zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(world_size)]
-        optimizers = [p if p.exists() else p.with_name(f"bf16_{p.name}") for p in plain]
+        prefix = "bf16_" if any(self._step.glob("bf16_zero_pp_rank_*")) else ""
+        optimizers = [self._step / f"{prefix}zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(world_size)]
         _require_files([*models, *optimizers])
-        self._ranks = [load_states(path) for path in models]
-        self._optimizers = [load_states(path)["optimizer_state_dict"] for path in optimizers]
+        self._ranks = [_load_with(path, "module", "param_shapes", "dp_world_size") for path in models]
+        self._optimizers = [_load_with(path, "optimizer_state_dict")["optimizer_state_dict"] for path in optimizers]
         self._pieces = [_index_pieces(m, o) for m, o in zip(self._ranks, self._optimizers, strict=True)]
 
     def _expert_file(self, entry: Mapping[str, Any], expert: int) -> Path:
@@ -185,6 +183,14 @@ class FolderSource:
                 parts.append(flat.narrow(0, other.start, other.numel))
         numel = torch.Size(piece.shape).numel()
         return torch.cat(parts).narrow(0, 0, numel).view(piece.shape)
+
+
+def _load_with(path: Path, *keys: str) -> dict[str, Any]:
+    states = load_states(path)
+    lacking = [key for key in keys if key not in states]
+    if lacking:
+        raise UserError(f"{path}: holds no {', '.join(lacking)}; it was not written by DeepSpeed, or is damaged")
+    return states
 
 
 def _tensor_in(path: Path, name: str) -> torch.Tensor:

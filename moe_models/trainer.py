@@ -6,7 +6,7 @@ and accelerate. What is added here, and why:
 - ``save_model`` exports a complete Hugging Face folder. HF's own version keeps one rank's experts under AutoEP.
 - Checkpoints during training hold DeepSpeed's states and no HF weights, and appear under their final name only when
   every rank has finished writing.
-- A loss or gradient that is not finite ends the run before it can reach a checkpoint.
+- A loss, gradient or weight that is not finite ends the run before it can reach a checkpoint.
 - After ``deepspeed.initialize`` the AutoEP blocks are counted.
 - The load of the experts is logged with the loss, and balanced as ``"moe": {"balance": ...}`` says.
 """
@@ -50,7 +50,7 @@ class MoETrainer(SFTTrainer):
     Raises:
         ValueError: if the model's ``model_type`` is not in :data:`~moe_models.families.FAMILIES`.
         RuntimeError: when training starts, if AutoEP did not replace exactly the model's MoE blocks.
-        TrainingStoppedError: during training, when loss or gradient norm is not finite.
+        TrainingStoppedError: during training, when loss, gradient norm or weights are not finite.
         ExportError: from :meth:`save_model`, if the folder would not hold the whole model.
     """
 
@@ -135,6 +135,10 @@ class MoETrainer(SFTTrainer):
         finite = self._all_finite.float()
         if grad_norm is not None:
             finite *= torch.isfinite(torch.as_tensor(grad_norm, device=finite.device)).float().squeeze()
+        if self.control.should_save:  # a finite gradient can still take a weight beyond what its dtype holds
+            for parameter in self.model.parameters():
+                held = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3: this rank's partition
+                finite *= torch.isfinite(held.detach()).all().to(finite.device)
         if dist.is_initialized():
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if finite.item() == 1.0:
@@ -143,9 +147,18 @@ class MoETrainer(SFTTrainer):
         last = max(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
         raise TrainingStoppedError(
-            f"the loss or the gradient norm became NaN or infinite by step {self.state.global_step}; nothing was saved "
-            f"from it, {kept}. Lower --learning_rate or --max_grad_norm, or look for broken rows in the data"
+            f"the loss, the gradient norm or a weight became NaN or infinite by step {self.state.global_step}; nothing "
+            f"was saved from it, {kept}. Lower --learning_rate or --max_grad_norm, or look for broken rows in the data"
         )
+
+    # --- evaluation leaves no trace
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in HF, but the random numbers of dropout go on afterwards as if there had been no evaluation."""
+        cuda = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
 
     # --- checkpoints: whole or absent
 

@@ -67,6 +67,7 @@ def main() -> int:
     except UserError as error:
         exit_with(error, rank=RANK)
     except (TrainingStoppedError, ExportError) as error:
+        print(file=sys.stderr)  # ends the progress bar's line
         exit_with(UserError(str(error)), rank=RANK, code=1)
     # Not in a finally: a rank that fails alone must end at once, for only then does the launcher stop the others.
     leave_process_group()

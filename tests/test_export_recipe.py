@@ -1,0 +1,137 @@
+"""recipes/export.py as a user meets it: in a process of its own, killed on the way, short of memory, or misused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import export_stress, roundtrip
+from tests.cluster import Cluster
+from tests.roundtrip import files_of, load_tensors
+
+Clusters = Callable[[int], Cluster]
+ROOT = Path(__file__).parents[1]
+MB = 10**6
+
+
+def run_python(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def run_dirs(clusters: Clusters, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs from different weights, each with checkpoint-2 and the live export in ``model``."""
+    made = []
+    for seed, stage in enumerate((1, 3)):
+        out = tmp_path_factory.mktemp(f"run{seed}")
+        source = roundtrip.save_source(out / "source", "mixtral", seed=seed)
+        clusters(2).run(roundtrip.train_and_export, str(source), str(out), roundtrip.ds_config(stage, 2))
+        made.append(out)
+    return made
+
+
+def test_success(run_dirs: list[Path], tmp_path: Path) -> None:
+    done = run_python(
+        "recipes/export.py", "--checkpoint", run_dirs[1] / "checkpoint-2", "--output_dir", tmp_path / "hf"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == (
+        f"{tmp_path / 'hf'}: 0.00 GB, torch.float32, complete; load it with from_pretrained"
+    )
+    assert files_of(tmp_path / "hf") == files_of(run_dirs[1] / "model")
+
+
+def refused(*words: object) -> list[str]:
+    """Run the recipe with input that cannot work; returns what it said, one line per problem."""
+    done = run_python("recipes/export.py", *words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout.strip() == ""
+    lines = done.stderr.strip().splitlines()
+    assert all(line.startswith("error: ") for line in lines), done.stderr
+    return lines
+
+
+def test_all_wrong_flags_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    lines = refused(
+        "--checkpoint", tmp_path / "nowhere", "--output_dir", tmp_path / "mine", "--max_shard_size", "5 elephants"
+    )  # fmt: skip
+    assert len(lines) == 3
+    assert "--max_shard_size '5 elephants' is not a size; write it as 5GB" in lines[0]
+    assert (
+        f"--output_dir {tmp_path / 'mine'}: is not empty and is not an earlier export (it holds thesis.txt)" in lines[1]
+    )
+    assert f"--checkpoint {tmp_path / 'nowhere'}: no such folder" in lines[2]
+    assert files_of(tmp_path) == {"mine/thesis.txt": b"years of work"}
+
+
+@pytest.mark.parametrize("wrong", ["dense model", "hf folder", "damaged", "unusable config", "read-only place"])
+def test_wrong_input_gets_one_line(wrong: str, run_dirs: list[Path], tmp_path: Path) -> None:
+    checkpoint, out = tmp_path / "checkpoint-2", tmp_path / "hf"
+    shutil.copytree(run_dirs[0] / ("model" if wrong == "hf folder" else "checkpoint-2"), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    if wrong == "dense model":
+        config["model_type"] = "llama"
+    if wrong == "unusable config":
+        config["num_attention_heads"] = "four"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    if wrong == "damaged":
+        file = next(checkpoint.glob("global_step*/layer_0_expert_3_*"))
+        file.write_bytes(file.read_bytes()[:1000])
+    if wrong == "read-only place":
+        out = Path("/proc/self/hf")
+    words = {
+        "dense model": "model_type 'llama' is not one of deepseek_v2, ",
+        "hf folder": "not a DeepSpeed checkpoint (no file named latest)",
+        "damaged": "layer_0_expert_3_mp_rank_00_model_states.pt: cannot be read as plain tensors",
+        "unusable config": "config.json cannot be used",
+        "read-only place": "cannot be exported: ",
+    }[wrong]
+    lines = refused("--checkpoint", checkpoint, "--output_dir", out)
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
+
+
+def test_killed_at_any_moment_one_whole_export_remains(run_dirs: list[Path], tmp_path: Path) -> None:
+    """SIGKILL at every step that changes the disk, and at random moments; the next export cleans up."""
+    done = run_python("-m", "tests.export_stress", "kill", *(d / "checkpoint-2" for d in run_dirs), tmp_path, 15)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["events"] > 30, report
+    assert report["old"] > 20, report
+    assert report["new"] > 3, report
+    assert 0 < report["moved"] < 5, "the window between two renames must exist and be small"
+
+
+@pytest.mark.parametrize(("stage", "layers"), [(1, 48), (3, 24)])
+def test_memory_of_the_offline_export(stage: int, layers: int, tmp_path: Path) -> None:
+    """300 MB in the files (ZeRO-3 keeps fp32), 5 MB shards: one projection, one shard and some slack are enough."""
+    done = run_python("-m", "tests.export_stress", "memory", tmp_path, stage, layers)
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert measured["size"] > (290 if stage == 1 else 145) * MB
+    stacked = 8 * 512 * 256 * 4  # in fp32, as ZeRO-3 keeps it
+    assert measured["growth"] < 2 * stacked + 5 * MB + 8 * MB, measured
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_memory_of_the_live_export(stage: int, clusters: Clusters, tmp_path: Path) -> None:
+    sizes = {**export_stress.SIZES, "num_hidden_layers": 12}
+    source = roundtrip.save_source(tmp_path / "source", "mixtral", "bfloat16", **sizes)
+    writer, other = clusters(2).run(export_stress.live_memory, str(source), str(tmp_path / "out"), stage)
+    size = sum(t.numel() * t.element_size() for t in load_tensors(tmp_path / "out").values())
+    assert size > 75 * MB
+    stacked = 8 * 512 * 256 * 2
+    assert writer < 2 * stacked + 5 * MB + 4 * MB, (writer, other)
+    assert other < stacked + 4 * MB, (writer, other)
