@@ -125,6 +125,11 @@ def load_ds_config(path: str | Path) -> DsConfig:
     assert isinstance(moe, Moe)
     if moe.layer is not None:
         problems += moe.layer.conflicts()
+        if moe.balance is not None:
+            problems.append(
+                "moe.layer and moe.balance do not work together yet; balance native layers with "
+                '"aux_loss" in moe.layer, or remove one of the two sections'
+            )
         if isinstance(expert_parallel, ExpertParallel) and expert_parallel.enabled:
             problems.append(
                 "moe.layer and expert_parallel both replace the model's MoE blocks; remove one of the two sections"

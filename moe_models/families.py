@@ -85,6 +85,9 @@ class Family:
         return name
 
 
+HAS_SELECTION_BIAS = ("deepseek_v3",)
+"""Families whose router has a selection bias of its own (``e_score_correction_bias``), in memory and on the hub."""
+
 _PROJ = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 FAMILIES: dict[str, Family] = {

@@ -69,8 +69,25 @@ class MoeLayer(Section):
         return lines
 
 
+class Balance(Section):
+    """``"moe": {"balance": {...}}``: how the load of the experts is kept even (``moe_models.balance``)."""
+
+    aux_loss_coef: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Weight of the auxiliary loss; null takes --router_aux_loss_coef or else the model's router_aux_loss_coef."""
+    scope: Literal["micro_batch", "global_batch", "sequence"] = "micro_batch"
+    """Tokens that the auxiliary loss balances: one rank's micro-batch, all ranks', or each sequence alone."""
+    per_layer: bool = False
+    """Balance each layer by itself; false pools the layers, as Hugging Face does."""
+    z_loss_coef: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Weight of the router z-loss; 0 is off."""
+    bias_update_rate: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Step of the selection bias after each optimizer step; 0 is off, DeepSeek-V3 took 0.001."""
+
+
 class Moe(Section):
     """``"moe"``."""
 
     layer: MoeLayer | None = None
     """Native layers; absent means the model's own blocks, or AutoEP's."""
+    balance: Balance | None = None
+    """Load balancing; absent leaves it to the model's own auxiliary loss."""

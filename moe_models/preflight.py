@@ -18,7 +18,7 @@ from typing import Any
 
 from moe_models.config import DsConfig
 from moe_models.ds_schema import ExpertParallel, show
-from moe_models.families import FAMILIES, Family, moe_blocks
+from moe_models.families import FAMILIES, HAS_SELECTION_BIAS, Family, moe_blocks
 from moe_models.inputs import check_dataset_path, check_output_dir, read_model_config
 from moe_models.layout import divisors, size_problems
 from moe_models.native_checks import check_native
@@ -46,6 +46,7 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
     problems = size_problems(world_size, ds.ep_size, ds.tp_size, ds.sp_size, names=names)
     problems += _batch_problems(ds, world_size)
     problems += _zero_problems(ds)
+    problems += _balance_problems(ds, model_config)
     if ds.expert_parallel is not None:
         problems += _model_problems(ds.expert_parallel, model_config, world_size)
         problems += _autoep_zero_problems(ds)
@@ -77,6 +78,13 @@ def warnings_for_run(
             f"optimizer.type = {show(ds.raw['optimizer']['type'])}: DeepSpeed compiles its fused kernel at the first "
             'start, and there is no nvcc; install the CUDA toolkit, or set "torch_adam": true, "fused": true in '
             "optimizer.params"
+        )
+    balance, model_type = ds.moe.balance, model_config.get("model_type")
+    if balance and balance.bias_update_rate and model_type not in HAS_SELECTION_BIAS:
+        lines.append(
+            f"moe.balance.bias_update_rate = {balance.bias_update_rate}: {model_type} has no place for the bias, so "
+            "the exported model routes without it and may lose quality; the losses stay with the model, or train "
+            "deepseek_v3"
         )
     if ds.expert_parallel is None:
         return lines
@@ -241,6 +249,29 @@ def _autoep_zero_problems(ds: DsConfig) -> list[str]:
         ),
     )
     return [line for wrong, line in rules if wrong]
+
+
+def _balance_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> Iterator[str]:
+    """Balancing that would do nothing, or that the model's router has no hook for."""
+    balance = ds.moe.balance
+    if balance is None:
+        return
+    model_type = model_config.get("model_type")
+    coefficient = model_config.get("router_aux_loss_coef") if balance.aux_loss_coef is None else balance.aux_loss_coef
+    family = FAMILIES.get(str(model_type))
+    if coefficient is None and family is not None and not family.returns_aux_loss:
+        coefficient = 0.0
+    for key, value, default in (("scope", balance.scope, "micro_batch"), ("per_layer", balance.per_layer, False)):
+        if value != default and coefficient == 0:
+            yield (
+                f"moe.balance.{key} = {show(value)}: does nothing, because there is no auxiliary loss; set "
+                "moe.balance.aux_loss_coef above 0, or remove the key"
+            )
+    if balance.bias_update_rate and ds.expert_parallel is None and model_type not in HAS_SELECTION_BIAS:
+        yield (
+            f"moe.balance.bias_update_rate = {balance.bias_update_rate}: the router of {show(model_type)} has no "
+            "selection bias without expert_parallel; add that section (autoep_size 1 will do), or remove the key"
+        )
 
 
 def _autoep_combination_problems(ds: DsConfig, experts: ExpertParallel) -> list[str]:

@@ -9,6 +9,7 @@ and accelerate. What is added here, and why:
 - A loss, gradient or weight that is not finite ends the run before it can reach a checkpoint.
 - After ``deepspeed.initialize`` the AutoEP blocks are counted.
 - Native layers (``moe_models/native.py``): their own balancing loss joins the loss, and their drop rate is logged.
+- The load of the experts is logged with the loss, and balanced as ``"moe": {"balance": ...}`` says.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from moe_models.autoep import check_replaced, register_presets, restore_rotary_b
 from moe_models.checkpoint import EngineSource, export, is_writer
 from moe_models.families import FAMILIES, Family
 from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
+from moe_models.moe_schema import Balance
 from moe_models.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.proof import ExportProof, prove_folder, record_logits
+from moe_models.routing import Routing
 
 MODEL_FOLDER = "model"
 """Where ``save_model()`` without a folder puts the Hugging Face checkpoint, inside ``output_dir``."""
@@ -53,7 +56,14 @@ class MoETrainer(SFTTrainer):
         ExportError: from :meth:`save_model`, if the folder would not hold the whole model.
     """
 
-    def __init__(self, model: Any, *args: Any, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *args: Any,
+        max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+        balance: Balance | None = None,
+        **kwargs: Any,
+    ) -> None:
         if model.config.model_type not in FAMILIES:
             raise ValueError(f"model_type {model.config.model_type!r} is not one of {sorted(FAMILIES)}")
         self.family: Family = FAMILIES[model.config.model_type]
@@ -70,6 +80,12 @@ class MoETrainer(SFTTrainer):
         self._layer_aux_loss = any(layer.aux_loss == "layer" for layer in layers)
         if self._layer_aux_loss:  # in the place of the model's own
             self.aux_loss_enabled = model.config.output_router_logits = False
+        coefficient = self.router_aux_loss_coef
+        if balance is not None:  # ours instead of TRL's
+            coefficient = coefficient if balance.aux_loss_coef is None else balance.aux_loss_coef
+            self.aux_loss_enabled = model.config.output_router_logits = False
+        self.routing = Routing(self.family, self.source_config.to_dict(), balance, coefficient)
+        self.add_callback(self.routing)
         # HF would replace a NaN loss by the running average in its logs; here it must be seen.
         self.args.logging_nan_inf_filter = False
         self._all_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
@@ -83,7 +99,18 @@ class MoETrainer(SFTTrainer):
         section = (self.accelerator.state.deepspeed_plugin.deepspeed_config or {}).get("expert_parallel") or {}
         if section.get("enabled"):
             check_replaced(self.model, self.family, self.source_config.to_dict(), section.get("autoep_size", 1))
+        ep_size = section.get("autoep_size", 1) if section.get("enabled") else 1
+        if not self.native:  # those keep their own counts, and their drop rates are logged
+            self.routing.attach(self.model, ep_size, self.args.device)
+        resumed = kwargs.get("resume_from_checkpoint", args[2] if len(args) > 2 else None)
+        if resumed is not None:
+            self.routing.load(Path(resumed))
         return prepared
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add how evenly tokens were spread: see :data:`moe_models.load_stats.LOGGED`."""
+        logs.update(self.routing.figures(logs, self.state.global_step, self.args.output_dir))
+        super().log(logs, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # HF would train one more step of a run that was finished
@@ -91,20 +118,24 @@ class MoETrainer(SFTTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    # --- native layers
+    # --- the loss, and the terms that join it
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss; in training, with ``"aux_loss": "layer"``, plus coefficient x the layers' own, once for each."""
-        if not self._layer_aux_loss or not self.model.training:
+        """TRL's loss; in training with the terms of ``"moe": {"balance": ...}`` or the native layers' own."""
+        if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Each term is a mean over one micro-batch: averaged over accumulation here (Trainer leaves that to us where it
+        # counts tokens itself), and over ranks by the gradients.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        if not self._layer_aux_loss:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return loss + self.routing.loss(inputs, steps)
         with record_aux_losses(self.native) as recorded:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         aux_loss = mean_aux_loss(recorded, self.native)
         self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
-        # A mean over the tokens of one micro-batch: averaged over accumulation here, over ranks by the gradients.
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return loss + self.router_aux_loss_coef * aux_loss / steps
 
     # --- finite or stop
@@ -175,6 +206,7 @@ class MoETrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if is_writer():
             self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            self.routing.save(staging / name)
             if (run_dir / name).exists():  # a resumed run passes this step again
                 os.replace(run_dir / name, staging / "replaced")
             os.replace(staging / name, run_dir / name)
@@ -204,13 +236,15 @@ class MoETrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             return
         folder = Path(output_dir or os.path.join(self.args.output_dir, MODEL_FOLDER))
-        with exact_routing(engine.module):
+        with exact_routing(engine.module), self.routing.as_exported():
             ids_BT, logits_BTV = record_logits(engine, self.source_config.vocab_size)
         source = EngineSource(engine, self.family)
         self.last_proof = None
 
         def prove(staged: Path) -> None:
             self.last_proof = prove_folder(staged, ids_BT, logits_BTV, source.fingerprints)
+            if self.routing.left_out:
+                self.routing.save(staged)
 
         export(
             source,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def parse() -> argparse.Namespace:
 
 def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
     """Export ``checkpoint`` to ``output_dir``. Raises UserError for input that cannot work."""
-    from moe_models.families import FAMILIES
+    from moe_models.families import FAMILIES, HAS_SELECTION_BIAS
     from moe_models.hf_folder import ExportError, parse_size, refuse_foreign_folder
     from moe_models.inputs import read_model_config
 
@@ -58,7 +59,7 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
         refuse_foreign_folder(output_dir)
     except (ExportError, OSError) as error:
         problems.append(f"--output_dir {error}")
-    family = None
+    family, model_type = None, None
     if not checkpoint.is_dir():
         problems.append(f"--checkpoint {checkpoint}: no such folder; give a checkpoint-N folder that training wrote")
     else:
@@ -77,6 +78,7 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
 
     from moe_models.checkpoint import export
     from moe_models.checkpoint_folder import FolderSource
+    from moe_models.routing import BIAS_FILE
 
     source = FolderSource(checkpoint, family)
     try:
@@ -100,6 +102,12 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
         raise UserError(f"{checkpoint}: cannot be exported: {error}") from error
     size = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
     print(f"{output_dir}: {size / 1e9:.2f} GB, {source.dtype}, complete; load it with from_pretrained")
+    if (checkpoint / BIAS_FILE).exists() and model_type not in HAS_SELECTION_BIAS:
+        shutil.copy(checkpoint / BIAS_FILE, output_dir / BIAS_FILE)
+        print(
+            f"warning: {model_type} has no place for the selection bias that this model was trained with: it routes "
+            f"without it; the bias of each layer is in {BIAS_FILE} beside it"
+        )
 
 
 if __name__ == "__main__":

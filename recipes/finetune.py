@@ -15,7 +15,8 @@ assistant's turns only with --assistant_only_loss), or `prompt` and `completion`
 SFTConfig and ModelConfig.
 
 Afterwards `OUTPUT_DIR/model` holds the whole model in the layout of the hub, reloaded and compared with the trained one
-before it got its name; `OUTPUT_DIR/checkpoint-N` resumes; `OUTPUT_DIR/summary.json` says what was measured.
+before it got its name; `OUTPUT_DIR/checkpoint-N` resumes; `OUTPUT_DIR/summary.json` says what was measured. It is
+written last, so where it is, the run came to its end (deepspeed 0.19.8 answers 0 when its own child was killed).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+SUMMARY = "summary.json"
 
 
 @dataclass
@@ -62,6 +64,8 @@ def main() -> int:
 
     try:
         trainer = build_trainer(recipe, args, model_args, ds, train_rows, eval_rows)
+        if RANK == 0:
+            (Path(args.output_dir) / SUMMARY).unlink(missing_ok=True)  # of the run that is now going on
         trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
         evaluate_and_export(trainer, ds, eval_rows)
     except UserError as error:
@@ -306,6 +310,7 @@ def build_trainer(recipe: Any, args: Any, model_args: Any, ds: Any, train_rows: 
             eval_dataset=eval_rows,
             processing_class=tokenizer,
             max_shard_bytes=parse_size(recipe.export_max_shard_size),
+            balance=ds.moe.balance,
         )
     except ValueError as error:  # flags that TRL finds at odds with each other or with the data
         raise UserError(" ".join(str(error).split())) from error
@@ -351,11 +356,12 @@ def evaluate_and_export(trainer: Any, ds: Any, eval_rows: Any) -> None:
         "eval_loss_before": held_out[0] if trainer.args.eval_on_start and held_out else None,
         "eval_loss_after": held_out[-1] if held_out else None,
         "verified": asdict(trainer.last_proof),
+        "left_out": trainer.routing.left_out,
         "checkpoint": str(folder / MODEL_FOLDER),
     }
-    temporary = folder / ".summary.json"
+    temporary = folder / f".{SUMMARY}"
     temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, folder / "summary.json")
+    os.replace(temporary, folder / SUMMARY)
     print_summary(summary)
 
 
@@ -372,6 +378,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     }
     if not held_out:
         del lines["held-out loss"]
+    if summary["left_out"]:
+        lines["warning"] = summary["left_out"]
     print(*(f"{name:14}{text}" for name, text in lines.items()), sep="\n", flush=True)
 
 

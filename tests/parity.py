@@ -66,7 +66,8 @@ def tokenizer() -> Any:
 
 def build_trainer(
     source: str, output_dir: str, config: dict[str, Any], *, accumulation: int = 1, model: Any = None,
-    trainer_class: Any = None, train_rows: Any = None, eval_rows: Any = None, **options: Any,
+    trainer_class: Any = None, train_rows: Any = None, eval_rows: Any = None,
+    balance: dict[str, Any] | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     """A MoETrainer on this rank, as recipes/finetune.py builds it, that records the batches it consumes."""
     import torch
@@ -75,6 +76,7 @@ def build_trainer(
     from trl import SFTConfig
 
     from moe_models.cpu import join_cpu_ranks
+    from moe_models.moe_schema import Balance
     from moe_models.trainer import MoETrainer
 
     class RecordingTrainer(trainer_class or MoETrainer):  # type: ignore[misc]
@@ -125,6 +127,7 @@ def build_trainer(
         train_dataset=Dataset.from_list(train_rows or rows(64)),
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
         processing_class=tokenizer(),
+        balance=None if balance is None else Balance(**balance),
     )
     trainer.batches = []
     return trainer
@@ -142,6 +145,7 @@ def train_case(
         "loss": [entry["loss"] for entry in history],
         "aux_loss": [entry.get("aux_loss") for entry in history],
         "grad_norm": [entry["grad_norm"] for entry in history],
+        "z_loss": [entry.get("z_loss") for entry in history],
         "batches": trainer.batches,
         "proof": trainer.last_proof,
         "folder": f"{output_dir}/model",

@@ -156,6 +156,20 @@ WORDS: list[tuple[dict[str, Any], str]] = [
         {"moe": {"layer": {}}, "expert_parallel": {"enabled": True}},
         "moe.layer and expert_parallel both replace the model's MoE blocks; remove one of the two sections",
     ),
+    (
+        {"moe": {"layer": {}, "balance": {}}},
+        'moe.layer and moe.balance do not work together yet; balance native layers with "aux_loss" in moe.layer, or',
+    ),
+    ({"moe": {"balance": {"scop": "sequence"}}}, 'moe.balance.scop = "sequence": unknown key; did you mean "scope"?'),
+    (
+        {"moe": {"balance": {"scope": "global"}}},
+        "moe.balance.scope = \"global\": must be 'micro_batch', 'global_batch' or 'sequence'; remove the key",
+    ),
+    (
+        {"moe": {"balance": {"bias_update_rate": -1}}},
+        "moe.balance.bias_update_rate = -1: must be at least 0",
+    ),
+    ({"moe": {"balance": {"z_loss_coef": "auto"}}}, 'moe.balance.z_loss_coef = "auto": must be a number'),
     ({"optimizer": {"typ": "AdamW"}}, 'optimizer.typ = "AdamW": unknown key; did you mean "type"?'),
     ({"optimizer": {"params": 3}}, "optimizer.params = 3: must be an object {...}"),
     (

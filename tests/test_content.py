@@ -264,8 +264,8 @@ def test_nan_on_one_rank_stops_all(
     )
     message = (
         "the loss, the gradient norm or a weight became NaN or infinite by step 6; nothing was saved from it, the "
-        f"last good checkpoint is {out}/checkpoint-3. Lower --learning_rate or --max_grad_norm, or look for broken rows in the "
-        "data"
+        f"last good checkpoint is {out}/checkpoint-3. Lower --learning_rate or --max_grad_norm, or look for broken "
+        "rows in the data"
     )
     assert clusters(2).run(stopped_by, arguments, (PlantNan(),)) == [message, message]
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-3"]

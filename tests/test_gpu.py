@@ -40,10 +40,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def finetune(model: Path, data: Path, out: Path, ds_config: str, *flags: str, gpus: int = 2) -> dict[str, Any]:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(gpus), "--master_port", str(free_port()),
-               "recipes/finetune.py", "--model_name_or_path", str(model), "--dataset_name", str(data),
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(gpus),
+               "--master_port", str(free_port()), "recipes/finetune.py",
+               "--model_name_or_path", str(model), "--dataset_name", str(data),
                "--deepspeed", ds_config, "--output_dir", str(out), "--max_length", "128", "--max_steps", "12",
-               "--save_steps", "12", "--logging_steps", "1", "--learning_rate", "1e-3", "--report_to", "none", *flags]  # fmt: skip
+               "--save_steps", "12", "--logging_steps", "1", "--learning_rate", "1e-3",
+               "--report_to", "none", *flags]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=os.environ)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     return dict(json.loads((out / "summary.json").read_text()))
@@ -67,7 +69,8 @@ def test_each_zero_stage_trains_exports_and_reloads(inputs: tuple[Path, Path], t
         assert curves[name][-1] < curves[name][0] - 0.1, curves
         offline = tmp_path / f"{name}-offline"
         exported = subprocess.run(
-            [sys.executable, "recipes/export.py", "--checkpoint", str(out / "checkpoint-12"), "--output_dir", str(offline)],
+            [sys.executable, "recipes/export.py", "--checkpoint", str(out / "checkpoint-12"),
+             "--output_dir", str(offline)],
             cwd=ROOT, capture_output=True, text=True, timeout=200,
         )  # fmt: skip
         assert exported.returncode == 0, exported.stderr[-4000:]

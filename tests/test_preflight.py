@@ -258,6 +258,28 @@ def test_combinations(ds: Any, ep: Any, zero: dict[str, Any], other: dict[str, A
     assert one(check_run(ds(ep, zero, **other), MIXTRAL, 4)).startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("config", "ep", "balance", "words"),
+    [
+        (DEEPSEEK, None, {"scope": "sequence"}, 'moe.balance.scope = "sequence": does nothing'),
+        (DEEPSEEK, None, {"scope": "sequence", "aux_loss_coef": 0.1, "bias_update_rate": 0.001}, None),
+        (MIXTRAL, None, {"per_layer": True, "aux_loss_coef": 0}, "moe.balance.per_layer = true: does nothing"),
+        (MIXTRAL, None, {"per_layer": True, "scope": "global_batch"}, None),
+        (MIXTRAL, None, {"bias_update_rate": 0.01}, "has no selection bias without expert_parallel"),
+        (MIXTRAL, {}, {"bias_update_rate": 0.01}, None),
+    ],
+)
+def test_balance(ds: Any, config: dict[str, Any], ep: Any, balance: dict[str, Any], words: str | None) -> None:
+    problems = check_run(ds(ep, moe={"balance": balance}), {**config, "n_routed_experts": 8}, 2)
+    assert problems == [] if words is None else words in one(problems)
+
+
+def test_bias_that_export_cannot_hold_is_said_before_training(ds: Any) -> None:
+    line = one(warnings_for_run(ds({}, moe={"balance": {"bias_update_rate": 0.01}}), MIXTRAL, 2))
+    assert "mixtral has no place for the bias" in line
+    assert warnings_for_run(ds({}, moe={"balance": {"bias_update_rate": 0.01}}), DEEPSEEK, 2) == []
+
+
 def test_batch_size_counts_tensor_parallel_peers_once(ds: Any) -> None:
     batch = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     assert check_run(ds({}, tensor_parallel={"autotp_size": 2}, **batch), MIXTRAL, 4) == []
