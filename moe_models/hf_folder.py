@@ -30,7 +30,9 @@ DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 
 INDEX_NAME = "model.safetensors.index.json"
 
-_WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_WEIGHT_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|selection_bias\.safetensors"
+)
 _COMPANIONS = re.compile(
     r"config\.json|generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt"
     r"|spiece\.model|sentencepiece\..*|chat_template\..*|additional_chat_templates"

@@ -86,6 +86,12 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
     except Exception as error:  # whatever transformers says about values it cannot use
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{checkpoint}: its config.json cannot be used: {reason}") from error
+    bias_left_out = (checkpoint / BIAS_FILE).exists() and model_type not in HAS_SELECTION_BIAS
+
+    def add_bias(staged: Path) -> None:
+        if bias_left_out:
+            shutil.copy(checkpoint / BIAS_FILE, staged / BIAS_FILE)
+
     try:
         with Progress(transient=True) as bar:
             task = bar.add_task("export", total=None)
@@ -96,14 +102,14 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
                 output_dir,
                 companions=checkpoint,
                 max_shard_bytes=max_shard_bytes,
+                prove=add_bias,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except ExportError as error:
         raise UserError(f"{checkpoint}: cannot be exported: {error}") from error
     size = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
     print(f"{output_dir}: {size / 1e9:.2f} GB, {source.dtype}, complete; load it with from_pretrained")
-    if (checkpoint / BIAS_FILE).exists() and model_type not in HAS_SELECTION_BIAS:
-        shutil.copy(checkpoint / BIAS_FILE, output_dir / BIAS_FILE)
+    if bias_left_out:
         print(
             f"warning: {model_type} has no place for the selection bias that this model was trained with: it routes "
             f"without it; the bias of each layer is in {BIAS_FILE} beside it"
