@@ -297,7 +297,7 @@ def test_infinite_weights_are_not_saved(
 
 
 def test_absurd_learning_rate_under_the_launcher(with_dropout: Path, data: Path, tmp_path: Path) -> None:
-    """One line from rank 0, exit code 1, no traceback, and nothing exported (the load of a logged step may be there)."""
+    """One line from rank 0, exit code 1, no traceback, and nothing exported (a logged load may be there)."""
     out = tmp_path / "out"
     ended = launch(flags(with_dropout, data, "zero2_ep2", out, learning_rate=1e30), tmp_path)
     assert ended.code == 1, ended
