@@ -101,7 +101,7 @@ def killed(words: list[str], log: Path, moment: Callable[[], bool], missed: Call
 def check_left_behind(out: Path, *expected: str, undisturbed: str) -> None:
     """Under final names there are exactly ``expected`` (``model`` may be), and each of them is whole."""
     found = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-    assert found - {"model", "summary.json"} == set(expected)
+    assert found - {"model", "summary.json", "expert_load.jsonl"} == set(expected)
     if "model" in found:
         assert largest_difference(out / "model", undisturbed) == 0.0
     export = runpy.run_path(str(ROOT / "recipes" / "export.py"))["run"]
