@@ -175,12 +175,18 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
     for _ in range(2):
         complete(make_writer(tmp_path / "out"))
-        (tmp_path / "out" / "selection_bias.safetensors").write_text(
-            "an export may hold this too: moe_models/routing.py"
-        )
     assert (tmp_path / "out").is_symlink()
     assert len(load_tensors(tmp_path / "disk" / "out")) == 3
     assert leftovers(tmp_path / "disk" / "out") == leftovers(tmp_path / "out") == []
+
+
+def test_an_export_with_a_selection_bias_is_an_export(tmp_path: Path) -> None:
+    from moe_models.routing import BIAS_FILE
+
+    complete(make_writer(tmp_path / "out"))
+    (tmp_path / "out" / BIAS_FILE).write_text("the trainer puts it beside models that have no place for it")
+    complete(make_writer(tmp_path / "out"))
+    assert not (tmp_path / "out" / BIAS_FILE).exists()
 
 
 def test_sizes() -> None:
