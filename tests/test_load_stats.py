@@ -31,7 +31,7 @@ def train(source: str, out: str, config: dict[str, Any], accumulation: int, chec
         """Keeps the batches of training and evaluation apart."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, eval_dataset=Dataset.from_list(parity.rows(8, seed=1)), **kwargs)
+            super().__init__(*args, **{**kwargs, "eval_dataset": Dataset.from_list(parity.rows(8, seed=1))})
             self.trained, self.evaluated = [], []
 
         def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
