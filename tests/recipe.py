@@ -163,8 +163,6 @@ class ForkedRecipe:
         self._context.set_forkserver_preload(["tests.recipe", *HEAVY])
 
     def __call__(self, arguments: list[str], timeout: float = 240, **environment: str) -> Ended:
-        # The first CPU process group on a machine compiles DeepSpeed's shared-memory op, and a process that is killed
-        # while it does so leaves a lock that makes all later ones wait. So the timeout is generous.
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             process = self._context.Process(target=_run_script, args=(arguments, environment, out, err))
