@@ -25,7 +25,7 @@ class RecipeArguments:
     export_max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of the exported model."})
 
 
-def read_command_line(words: list[str], about: str) -> tuple[Any, ...]:
+def read_command_line(words: list[str], about: str = "") -> tuple[Any, ...]:
     """Parse the flags and check everything that JSON, config.json and world size can tell, before any weight is read.
 
     Raises UserError with every problem found. Paths come first, for they need no import that takes seconds: their

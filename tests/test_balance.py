@@ -248,11 +248,8 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         FAULTS[3]: (balance, "token_sets", with_padding),
     }[fault]
     right = getattr(owner, name)
-    setattr(owner, name, wrong)
-    try:
+    with parity.planted(owner, name, wrong):
         return parity.train_case(*args, **kwargs)
-    finally:
-        setattr(owner, name, right)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

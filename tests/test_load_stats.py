@@ -164,12 +164,8 @@ def train_with_fault(fault: str, *args: Any) -> Any:
         FAULTS[2]: (LoadStats, "observe", always),
         FAULTS[3]: (LoadStats, "_reduced", lambda self, training, group: self._sums[training].clone()),
     }[fault]
-    right = getattr(owner, name)
-    setattr(owner, name, wrong)
-    try:
+    with parity.planted(owner, name, wrong):
         return train(*args)
-    finally:
-        setattr(owner, name, right)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

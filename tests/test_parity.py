@@ -160,12 +160,8 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         FAULTS[1]: (DeepSpeedZeroOptimizer, "get_grad_norm_direct", norm_without_experts),
         FAULTS[2]: (checkpoint, "_gather_to_writer", rank_0_twice),
     }[fault]
-    right = getattr(owner, name)
-    setattr(owner, name, wrong)
-    try:
+    with parity.planted(owner, name, wrong):
         return parity.train_case(*args, **kwargs)
-    finally:
-        setattr(owner, name, right)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
