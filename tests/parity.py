@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,13 @@ def planted(owner: Any, name: str, wrong: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, right)
+
+
+def daily(cases: Sequence[Sequence[Any]], chosen: set[int]) -> list[Any]:
+    """All cases for `-m conformance`; those with the ``chosen`` positions also for the default run."""
+    import pytest
+
+    return [pytest.param(*case, marks=() if i in chosen else pytest.mark.conformance) for i, case in enumerate(cases)]
 
 
 def rows(count: int, seed: int = 0, vocab: int = 64) -> list[dict[str, list[int]]]:

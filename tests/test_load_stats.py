@@ -130,7 +130,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("world_size", "ep_size", "stage", "accumulation", "checkpointing"), CASES)
+@pytest.mark.parametrize(
+    ("world_size", "ep_size", "stage", "accumulation", "checkpointing"), parity.daily(CASES, {1, 4, 7, 9, 12})
+)
 def test_counters_equal_a_recount(
     world_size: int, ep_size: int | None, stage: int, accumulation: int, checkpointing: dict[str, bool] | None,
     clusters: Callable[[int], Cluster], tiny_checkpoints: Callable[[str], Path], tmp_path: Path,
@@ -140,7 +142,7 @@ def test_counters_equal_a_recount(
 
 
 @pytest.mark.parametrize("model_type", sorted(set(TINY) - {"mixtral"}))
-@pytest.mark.parametrize("ep_size", [None, 2])
+@pytest.mark.parametrize("ep_size", [pytest.param(None, marks=pytest.mark.conformance), 2])
 def test_every_family(
     model_type: str, ep_size: int | None, clusters: Callable[[int], Cluster], tiny_checkpoints: Any, tmp_path: Path
 ) -> None:
