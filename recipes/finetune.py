@@ -7,6 +7,9 @@
     # go on after an interruption, from the last complete checkpoint
     deepspeed --num_gpus 8 recipes/finetune.py ... --resume_from_checkpoint true
 
+    # the same in another layout: another JSON, another number of GPUs
+    deepspeed --num_gpus 4 recipes/finetune.py ... --resume_from_checkpoint true --deepspeed ds_configs/zero3_ep4.json
+
     # no GPU: two CPU processes, for trying things out (precision and optimizer are adapted, and it says so)
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 recipes/finetune.py ... --deepspeed ds_configs/zero1_ep2.json
 
