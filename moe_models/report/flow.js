@@ -137,9 +137,10 @@ function makeLists(picture, lists, tell) {
       items[next].setAttribute("tabindex", 0);
       items[next].focus();
     });
-    list.addEventListener("focusin", (event) => pick(event.target));
-    list.addEventListener("focusout", () => pick(null));
     for (const item of items) {
+      // Not on the list: Chromium makes an SVG group with such listeners a stop of the Tab key itself.
+      item.addEventListener("focus", () => pick(item));
+      item.addEventListener("blur", () => pick(null));
       item.addEventListener("pointerenter", () => pick(item));
       item.addEventListener("pointerleave", () => pick(focused()));
       item.addEventListener("click", () => item.focus());

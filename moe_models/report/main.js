@@ -29,7 +29,7 @@ function start() {
 function listWorlds() {
   const offered = Object.keys(layout().worlds);
   if (!offered.includes(shown.world)) shown.world = offered.includes("8") ? "8" : offered.at(-1);
-  $("world").replaceChildren(...offered.map((world) => html("option", {}, world)));
+  $("world").replaceChildren(...offered.map((world) => html("option", { value: world }, world)));
   $("world").value = shown.world;
   const grid = gridOf(layout(), shown.world);
   const nodes = sum(grid.ranks.map(({ held }) => held));
