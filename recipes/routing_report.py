@@ -77,7 +77,7 @@ def write_report(
     """Write the page and its PNGs; returns their paths. Raises UserError with all problems before weights are read."""
     from moe_models.report.history import compact, read_history
     from moe_models.report.layouts import read_layouts
-    from moe_models.report.text import read_documents
+    from moe_models.report.text import read_documents, visible
 
     output = output or (run or Path()) / "routing_report.html"
     written = [output, output.with_suffix(".load.png")] + ([output.with_suffix(".steps.png")] if run else [])
@@ -110,25 +110,26 @@ def write_report(
     from moe_models.report.page import assemble
     from moe_models.report.plots import plot_history, plot_load
 
+    name = visible(checkpoint.resolve().name if checkpoint.name != "model" else str(checkpoint))
     data = {
-        "checkpoint": checkpoint.resolve().name if checkpoint.name != "model" else str(checkpoint),
+        "checkpoint": name,
         "model_type": family.model_type,
         "hidden": int(config["hidden_size"]),
         "experts": E,
-        "text": text.name,
-        "notes": notes + (history.notes if history else []),
+        "text": visible(text.name),
+        "notes": [visible(note) for note in notes] + (history.notes if history else []),
         "layouts": layouts,
         "start": start_layout(layouts, history.ds_config if history else None, history.world_size if history else None),
         "run": compact(history) if history else None,
         **build(recording, E, piece),
     }
-    title = f"{data['checkpoint']}: {recording.choices_LNK.shape[1]:,} tokens of {text.name}"
+    title = f"{name}: {data['routed']:,} tokens of {visible(text.name)}"
     drafts = [file.with_name(f".{file.name}.writing") for file in written]
     try:
-        drafts[0].write_text(assemble(data, f"Routing of {data['checkpoint']}"), encoding="utf-8")
+        drafts[0].write_text(assemble(data, f"Routing of {name}"), encoding="utf-8")
         plot_load(drafts[1], data["load"], title)
         if history:
-            plot_history(drafts[2], history, f"{run}: load while training")
+            plot_history(drafts[2], history, f"{visible(str(run))}: load while training")
         for draft, file in zip(drafts, written, strict=True):
             os.replace(draft, file)
     finally:
@@ -176,7 +177,10 @@ def route(
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         # No tokenizer makes fewer tokens of a text than one for every 20 characters, long runs of spaces aside.
-        tokens = [tokenizer(text[: 20 * max_tokens])["input_ids"] for text in documents[:max_tokens]]
+        tokens: list[list[int]] = []
+        for text in documents:
+            if sum(map(len, tokens)) < max_tokens:
+                tokens.append(tokenizer(text[: 20 * max_tokens])["input_ids"])
     except Exception as error:  # whatever the tokenizer's own code says
         raise UserError(f"--checkpoint {checkpoint}: its tokenizer cannot be used: {one_line(error)}") from error
     rows = cut(tokens, min(ROW, int(config.get("max_position_embeddings", ROW))), max_tokens)

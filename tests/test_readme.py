@@ -46,6 +46,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer().save_pretrained(folder / "models" / "dense")
     rows = ({"input_ids": [3 + (i * k) % 61 for i in range(24)]} for k in range(1, 33))
     (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "book.txt").write_text(" ".join(f"w{5 + i % 59}" for i in range(300)))
     # run.sh would install into a .venv here; this test's interpreter has everything already.
     (folder / ".venv" / "bin").mkdir(parents=True)
     for name in ("python", "deepspeed"):

@@ -286,13 +286,14 @@ def test_one_expert_parallel_group_can_be_looked_at_alone(page: Page, made: dict
     assert page.texts(".band-title") == ["GPU 6", "experts 0\N{EN DASH}3", "GPU 7", "experts 4\N{EN DASH}7"]
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1440, False), (390, True)])
-def test_the_page_fits_its_window_and_can_be_read(page: Page, width: int, dark: bool) -> None:
+@pytest.mark.parametrize(("width", "dark", "still"), [(1440, False, True), (390, True, False)])
+def test_the_page_fits_its_window_and_can_be_read(page: Page, width: int, dark: bool, still: bool) -> None:
     command = page.driver.execute_cdp_cmd
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
     command("Emulation.setDeviceMetricsOverride", size)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    command("Emulation.setEmulatedMedia", {"features": [scheme]})
+    motion = {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"}
+    command("Emulation.setEmulatedMedia", {"features": [scheme, motion]})
     try:
         page.driver.refresh()
         assert page.driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
@@ -303,6 +304,9 @@ def test_the_page_fits_its_window_and_can_be_read(page: Page, width: int, dark: 
             ("--warn", "--card"),
         ):
             assert contrast(page, name, against) >= 4.5, (name, against)
+        page.click("#step")
+        script = "return getComputedStyle(document.querySelector('.crosses')).animationName"
+        assert page.driver.execute_script(script) == ("none" if still else "travel")
         unnamed = "select:not(label select), button:empty, input:not(label input), [role=img]:not([aria-label])"
         assert page.texts(unnamed) == []
     finally:
@@ -356,7 +360,7 @@ def test_hostile_text_is_shown_as_text(browser: Any, tmp_path: Path) -> None:
     core = Tokenizer(WordLevel({piece: n for n, piece in enumerate(["<pad>", *PIECES])}, unk_token="<pad>"))
     core.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>").save_pretrained(checkpoint)
-    text = tmp_path / "\u202e<b onclick=window.hit=1>&lt;.jsonl"
+    text = tmp_path / "\udcff\u202e<b onclick=window.hit=1>&lt;.jsonl"
     rows = [" ".join([*PIECES, "\ud800"] * 4), " \u2028 ".join(PIECES)]
     text.write_bytes(b"\n".join(json.dumps({"text": row}).encode() for row in rows) + b'\n{"text": "\xff\xc3 a"}')
     file = recipe()["write_report"](checkpoint, text, tmp_path / "x.html")[0]
@@ -370,6 +374,7 @@ def test_hostile_text_is_shown_as_text(browser: Any, tmp_path: Path) -> None:
     for piece in shown:
         assert piece in seen, piece
     assert checkpoint.name in page.text("#about")
+    assert "⟨U+202E⟩<b onclick=window.hit=1>&lt;.jsonl" in page.text("#about")
     assert "lone surrogates are shown as \ufffd" in page.text("#notes")
     assert "2 places are not UTF-8" in page.text("#notes")
     assert page.driver.execute_script(

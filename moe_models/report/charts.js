@@ -8,7 +8,7 @@ function drawBars(container, values, { name, colour }) {
   const top = Math.max(...values, 1) * 1.12;
   const y = (value) => 8 + (height - bottom - 8) * (1 - value / top);
   const step = (width - left - 4) / values.length;
-  const chart = svg("svg", { width, height, role: "img" });
+  const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
   const fullest = values.indexOf(Math.max(...values));
   const least = values.indexOf(Math.min(...values));
   chart.setAttribute(
@@ -44,7 +44,7 @@ function drawLines(container, series, steps) {
   const top = Math.max(...series.flatMap(([, , values]) => values), 1.1);
   const y = (value) => 24 + (height - bottom - 24) * (1 - (value - 1) / (top - 1));
   const x = (n) => left + ((width - left - right) * n) / Math.max(1, steps.length - 1);
-  const chart = svg("svg", { width, height, role: "img" });
+  const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
   const told = series.map(([name, , values]) => `${name}: first ${times(values[0])}, last ${times(values.at(-1))}, highest ${times(Math.max(...values))}`);
   chart.setAttribute("aria-label", `${told.join(". ")}.`);
   for (const value of [1, top]) {

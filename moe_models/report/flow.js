@@ -31,8 +31,9 @@ function drawFlow(container, landed, grid, members, costs, tell) {
     group = edp;
     const mine = tokensOf.get(rank);
     const inner = Math.max(mine.length * TOKEN_ROW, held * expertRow, 24);
+    const fullest = rank === costs.fullest && members.length > 1;
     bands.append(
-      svg("rect", { class: "band", x: 0.5, y: top + 0.5, width: width - 1, height: inner + 28, rx: 6 }),
+      svg("rect", { class: fullest ? "band fullest" : "band", x: 0.5, y: top + 0.5, width: width - 1, height: inner + 28, rx: 6 }),
       svg("text", { class: "band-title", x: 10, y: top + 16 }, `GPU ${rank}`),
       svg("text", { class: "band-title", x: right - 6, y: top + 16 }, range(first, held)),
     );
@@ -47,7 +48,6 @@ function drawFlow(container, landed, grid, members, costs, tell) {
       const got = landed.filter((copy) => copy.to === rank && copy.expert === expert);
       experts.append(drawExpert(expert, rank, got, { x: right, y, row: expertRow, width: width - right, most, narrow }));
     }
-    if (rank === costs.fullest && members.length > 1) bands.lastChild.previousSibling.previousSibling.classList.add("fullest");
     top += inner + 34;
   }
   const heaviest = Math.max(...landed.map((copy) => copy.weight), 1e-9);
@@ -119,6 +119,7 @@ function makeLists(picture, lists, tell) {
     for (const end of picture.querySelectorAll("[role=option]")) {
       const name = end.dataset.token === undefined ? `expert ${end.dataset.expert}` : `token ${end.dataset.token}`;
       end.classList.toggle("on", end === item || ends.has(name));
+      end.setAttribute("aria-selected", end === item);
     }
     for (const line of lines) line.classList.add("on");
     tell(item.getAttribute("aria-label"));

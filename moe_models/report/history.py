@@ -76,7 +76,7 @@ def read_history(run: Path, num_layers: int, num_experts: int) -> History:
         rank_max_mean_SL=[[layer["ranks"] for layer in rows[step]] for step in steps],
         ds_config=ds_config,
         world_size=world_size,
-        notes=[f"{LOAD_FILE}: {cut_off} broken lines were left out"] if cut_off else [],
+        notes=[f"{LOAD_FILE}: broken lines left out: {cut_off}"] if cut_off else [],
     )
 
 

@@ -74,12 +74,12 @@ def piece(tokenizer: Any, token_id: int) -> str:
             return f"⟨{' '.join(f'{alphabet[character]:02X}' for character in raw)}⟩"
     if raw.startswith("▁") and not text.startswith(" "):  # SentencePiece drops the first space of what it decodes
         text = " " + text
-    return visible(text)
+    return visible(text if len(text) <= _LONGEST else text[:_LONGEST] + "…")
 
 
 def visible(text: str) -> str:
     """``text`` with everything spelled out that is not seen, or that changes how its neighbours are shown."""
-    seen = "".join(_seen(character) for character in text[:_LONGEST]) + ("…" if len(text) > _LONGEST else "")
+    seen = "".join(_seen(character) for character in text)
     return "◌" + seen if seen and unicodedata.category(seen[0]).startswith("M") else seen
 
 
