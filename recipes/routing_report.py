@@ -23,10 +23,13 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_models.errors import UserError, exit_with
 from moe_models.families import FAMILIES, Family, moe_blocks
+
+if TYPE_CHECKING:  # torch and transformers are imported when they are needed: --help takes no seconds
+    from moe_models.report.history import History
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,12 +89,14 @@ def write_report(
         problems.append(f"--output {output}: must end in .html")
     if not output.parent.is_dir():
         problems.append(f"--output {output}: no folder {output.parent}; make it first")
+    elif not os.access(output.parent, os.W_OK):
+        problems.append(f"--output {output}: {output.parent} may not be written to; name a file elsewhere")
     if max_tokens < 1:
         problems.append(f"--max_tokens {max_tokens}: must be at least 1")
     documents: list[str] = []
     notes: list[str] = []
     layouts: list[dict[str, Any]] = []
-    family, config, history = None, dict[str, Any](), None
+    family, config, history, start = None, dict[str, Any](), None, [""]
     try:
         documents, notes = read_documents(text)
     except UserError as error:
@@ -101,6 +106,7 @@ def write_report(
         E = family.num_experts(config)
         layouts = read_layouts(ds_configs, E)
         history = read_history(run, len(list(moe_blocks(family, config))), E) if run else None
+        start = start_layout(layouts, history)
     except UserError as error:
         problems += error.problems
     if problems or family is None:
@@ -119,7 +125,7 @@ def write_report(
         "text": visible(text.name),
         "notes": [visible(note) for note in notes] + (history.notes if history else []),
         "layouts": layouts,
-        "start": start_layout(layouts, history.ds_config if history else None, history.world_size if history else None),
+        "start": start,
         "run": compact(history) if history else None,
         **build(recording, E, piece),
     }
@@ -140,6 +146,8 @@ def write_report(
 
 def read_family(checkpoint: Path) -> tuple[Family, dict[str, Any]]:
     """The family and ``config.json`` of a Hugging Face MoE folder; raises UserError for anything else."""
+    from transformers import AutoConfig
+
     from moe_models.inputs import read_model_config
 
     if not checkpoint.is_dir():
@@ -157,7 +165,10 @@ def read_family(checkpoint: Path) -> tuple[Family, dict[str, Any]]:
             f"--checkpoint {checkpoint}: no *.safetensors in it; make a Hugging Face folder of a training checkpoint "
             "with recipes/export.py"
         )
-    return family, config
+    try:
+        return family, AutoConfig.from_pretrained(checkpoint).to_dict()
+    except Exception as error:  # whatever transformers says about values it cannot use
+        raise UserError(f"--checkpoint {checkpoint}: its config.json cannot be used: {one_line(error)}") from error
 
 
 def route(
@@ -216,12 +227,15 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def start_layout(layouts: list[dict[str, Any]], ds_config: str | None, world_size: int | None) -> list[Any]:
-    """[file, number of GPUs] that the page opens with: the run's own, or else the widest EP that fits one node of 8."""
+def start_layout(layouts: list[dict[str, Any]], history: History | None) -> list[str]:
+    """[file, number of GPUs] that the page opens with: the run's own, or else the widest EP that fits one node of 8.
+
+    Raises UserError if no layout fits the model.
+    """
     fitting = [layout for layout in layouts if layout["worlds"]]
     for layout in fitting:
-        if layout["file"] == ds_config and str(world_size) in layout["worlds"]:
-            return [ds_config, str(world_size)]
+        if history and layout["file"] == history.ds_config and str(history.world_size) in layout["worlds"]:
+            return [layout["file"], str(history.world_size)]
     if not fitting:
         raise UserError("--ds_configs: none of the layouts fits this model; add one whose size divides its experts")
     best = max(fitting, key=lambda layout: (layout["ep"] <= 8, layout["ep"], layout["kind"] == "autoep"))

@@ -218,12 +218,12 @@ def test_wrong_input_is_told_at_once_and_nothing_is_written(model: Path, tmp_pat
     (tmp_path / "empty.txt").write_text(" \n\t")
     (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n')
     (tmp_path / "text.txt").write_text(words(100))
-    for name, config in (
-        ("dense", {"model_type": "llama"}),
-        ("bare", {"model_type": "mixtral", "num_local_experts": 4}),
-    ):
+    mixtral = {"model_type": "mixtral", "num_local_experts": 4}
+    wrong = {**mixtral, "num_attention_heads": "many"}
+    for name, config in (("dense", {"model_type": "llama"}), ("bare", mixtral), ("wrong", wrong)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "wrong" / "model.safetensors").touch()
     save_run(tmp_path / "other", [1], layers=3, experts=4, ep_size=2)
     (tmp_path / "quiet").mkdir()
     (tmp_path / "quiet" / "expert_load.jsonl").write_text("")
@@ -245,6 +245,12 @@ def test_wrong_input_is_told_at_once_and_nothing_is_written(model: Path, tmp_pat
     assert "no expert_load.jsonl in it" in problems(run=tmp_path)[0]
     assert "holds no training step" in problems(run=tmp_path / "quiet")[0]
     assert "no folder" in problems(output=tmp_path / "nowhere" / "x.html")[0]
+    assert "its config.json cannot be used" in problems(checkpoint=tmp_path / "wrong")[0]
+    (tmp_path / "lone").mkdir()
+    (tmp_path / "lone" / "ep3.json").write_text('{"expert_parallel": {"enabled": true, "autoep_size": 3}}')
+    assert "none of the layouts fits this model" in problems(ds_configs=tmp_path / "lone")[0]
+    (tmp_path / "lone" / "odd.json").write_text('{"expert_parallel": {"autoep_sizes": 2}}')
+    assert "its parallel sizes cannot be read" in problems(ds_configs=tmp_path / "lone")[0]
     assert "no JSON file in it" in problems(ds_configs=tmp_path / "dense" / "x")[0]
     assert not list(tmp_path.glob("**/*.html")) + list(tmp_path.glob("**/*.png"))
 

@@ -157,12 +157,15 @@ function drawLoad() {
   const loads = data.load[shown.layer];
   const { ep } = layout();
   const ranks = rankLoads(shown.layer, ep);
+  const slowdowns = data.load.map((_, layer) => maxOverMean(rankLoads(layer, ep)));
+  const worst = slowdowns.indexOf(Math.max(...slowdowns));
   const dead = loads.filter((count) => count === 0).length;
   $("load-told").textContent =
     `Over all ${whole.format(data.routed)} tokens, layer ${$("layer").selectedOptions[0].text}: the fullest expert has ${times(maxOverMean(loads))} times the mean` +
     `${dead ? `, ${dead} got nothing` : ""}. ` +
     (ep > 1
-      ? `At EP ${ep} the fullest rank has ${times(maxOverMean(ranks))} times the mean: that is how much longer than balanced the experts of this layer take.`
+      ? `At EP ${ep} the fullest rank has ${times(maxOverMean(ranks))} times the mean: that is how much longer than balanced the experts of this layer take. ` +
+        `Over all layers: ${times(sum(slowdowns) / slowdowns.length)} on average, ${times(slowdowns[worst])} in layer ${$("layer").options[worst].text}, the worst.`
       : "Without expert parallelism this costs no time: every GPU holds all experts.");
   drawBars($("experts-chart"), loads, { name: "expert", colour: paint });
   drawBars($("ranks-chart"), ranks, { name: "EP rank", colour: (bar) => (bar.classList.add("plain"), bar) });

@@ -9,13 +9,15 @@ import json
 from importlib.resources import files
 from typing import Any
 
+from moe_models.errors import UserError
+
 SCRIPTS = ("data.js", "draw.js", "flow.js", "charts.js", "grid.js", "main.js")
 """In this order, one script: each part uses the ones before it."""
 MAX_BYTES = 2_000_000
 
 
 def assemble(data: dict[str, Any], title: str) -> str:
-    """The page. Raises ValueError if it is larger than ``MAX_BYTES``."""
+    """The page. Raises UserError if it is larger than ``MAX_BYTES``."""
     folder = files("moe_models.report")
     style = "\n" + folder.joinpath("page.css").read_text(encoding="utf-8")
     script = "\n" + "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -32,7 +34,7 @@ def assemble(data: dict[str, Any], title: str) -> str:
     pieces = page.split("@@")
     page = "".join(piece if n % 2 == 0 else parts[piece] for n, piece in enumerate(pieces))
     if (size := len(page.encode())) > MAX_BYTES:
-        raise ValueError(f"the page would have {size} bytes, more than {MAX_BYTES}")
+        raise UserError(f"the page would have {size:,} bytes, more than {MAX_BYTES:,}; route less: --max_tokens 4096")
     return page
 
 
