@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,24 @@ def ds_config(stage: int, ep_size: int | None, **extra: Any) -> dict[str, Any]:
     if ep_size is not None:
         config["expert_parallel"] = {"enabled": True, "autoep_size": ep_size}
     return {**config, **extra}
+
+
+@contextmanager
+def planted(owner: Any, name: str, wrong: Any) -> Iterator[None]:
+    """A fault in this process, for as long as the block runs: ``owner.name`` is ``wrong``."""
+    right = getattr(owner, name)
+    setattr(owner, name, wrong)
+    try:
+        yield
+    finally:
+        setattr(owner, name, right)
+
+
+def daily(cases: Sequence[Sequence[Any]], chosen: set[int]) -> list[Any]:
+    """All cases for `-m conformance`; those with the ``chosen`` positions also for the default run."""
+    import pytest
+
+    return [pytest.param(*case, marks=() if i in chosen else pytest.mark.conformance) for i, case in enumerate(cases)]
 
 
 def rows(count: int, seed: int = 0, vocab: int = 64) -> list[dict[str, list[int]]]:
