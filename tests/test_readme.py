@@ -69,7 +69,7 @@ def shrink(command: str) -> str:
         "zero1_ep8.json": "zero1_ep2.json",
         "checkpoint-500": "checkpoint-2",
         "./run.sh finetune": f"./run.sh finetune --max_steps {4 if 'resume' in command else 2} --save_steps 2 "
-        "--max_length 32 --report_to none",
+        "--max_length 32 --logging_steps 1 --report_to none",
     }
     for big, little in small.items():
         command = command.replace(big, little)
