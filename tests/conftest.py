@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from tests.cluster import Cluster
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out (as deselected, which the summary counts) what asks for more GPUs, or for the conformance run."""
+    """Leave out (as deselected, which the summary counts) what asks for more GPUs, a browser, the conformance run."""
     wanted = "conformance" in (config.getoption("-m") or "")
+    browser = (shutil.which("chromium") or shutil.which("google-chrome")) and shutil.which("chromedriver")
     kept, left_out = [], []
     for item in items:
         gpu = item.get_closest_marker("gpu")
         fits = gpu is None or torch.cuda.device_count() >= gpu.args[0]
+        fits = fits and bool(browser or item.get_closest_marker("browser") is None)
         fits = fits and (wanted or item.get_closest_marker("conformance") is None)
         (kept if fits else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)

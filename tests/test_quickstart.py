@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from moe_models.errors import UserError
+from tests.recipe import save_model, words
+from tests.report import save_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,6 +123,20 @@ def test_prepared_once_and_again_when_the_stamp_changes(
         inputs.prepare()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["quickstart"]  # the good one, and no scratch
     assert (tmp_path / "cache" / "quickstart" / "moe").read_text() == "1"
+
+
+def test_it_ends_with_the_report_of_its_run(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "out" / "model")
+    save_run(tmp_path / "out", [1, 2], layers=2, experts=4, ep_size=2)
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"text": words(100)}) + "\n")
+    monkeypatch.setattr(quickstart, "CACHE", tmp_path)
+    monkeypatch.chdir(ROOT)
+    assert quickstart.report(tmp_path / "out") == 0
+    assert (tmp_path / "out" / "routing_report.html").exists()
+    assert quickstart.report(tmp_path / "out") == 2
+    assert "exists already" in capfd.readouterr().err
 
 
 def test_the_childs_exit_code_is_passed_on(quickstart: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer().save_pretrained(folder / "models" / "dense")
     rows = ({"input_ids": [3 + (i * k) % 61 for i in range(24)]} for k in range(1, 33))
     (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "book.txt").write_text(" ".join(f"w{5 + i % 59}" for i in range(300)))
     # run.sh would install into a .venv here; this test's interpreter has everything already.
     (folder / ".venv" / "bin").mkdir(parents=True)
     for name in ("python", "deepspeed"):
@@ -68,7 +69,7 @@ def shrink(command: str) -> str:
         "zero1_ep8.json": "zero1_ep2.json",
         "checkpoint-500": "checkpoint-2",
         "./run.sh finetune": f"./run.sh finetune --max_steps {4 if 'resume' in command else 2} --save_steps 2 "
-        "--max_length 32 --report_to none",
+        "--max_length 32 --logging_steps 1 --report_to none",
     }
     for big, little in small.items():
         command = command.replace(big, little)
