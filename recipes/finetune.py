@@ -13,6 +13,8 @@
     # no GPU: two CPU processes, for trying things out (precision and optimizer are adapted, and it says so)
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 recipes/finetune.py ... --deepspeed ds_configs/zero1_ep2.json
 
+`torchrun --nproc_per_node 8` and `accelerate launch --use_deepspeed --num_processes 8` start the same run.
+
 Data: a hub id, a folder or a file (.txt, .jsonl, .json, .parquet) with `text`, `messages` (chat template; loss on the
 assistant's turns only with --assistant_only_loss), or `prompt` and `completion`. All other flags are those of TRL's
 SFTConfig and ModelConfig.

@@ -112,10 +112,20 @@ class Ended:
         return [line.removeprefix("error: ") for line in self.stderr.splitlines() if line.startswith("error: ")]
 
 
-def start_launcher(arguments: list[str], log: Path, world_size: int = 2) -> subprocess.Popen[str]:
-    """The ``deepspeed`` launcher in a process group of its own; stdout and stderr go to ``log`` and ``log``.err."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    launcher += ["--num_gpus", str(world_size), "--master_port", str(free_port())]
+def start_launcher(
+    arguments: list[str], log: Path, world_size: int = 2, name: str = "deepspeed"
+) -> subprocess.Popen[str]:
+    """A launcher in a process group of its own; stdout and stderr go to ``log`` and ``log``.err."""
+    count, port = str(world_size), str(free_port())
+    words = {
+        "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", count, "--master_port", port],
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", count, "--master_port", port],
+        "accelerate": [
+            "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1", "--num_processes", count,
+            "--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no",
+        ],
+    }  # fmt: skip
+    launcher = [sys.executable, "-m", *words[name]]
     return subprocess.Popen(
         [*launcher, str(SCRIPT), *arguments],
         stdout=log.open("w"),
@@ -139,10 +149,12 @@ def end_of(process: subprocess.Popen[str], log: Path, timeout: float) -> Ended:
     return Ended(code, log.read_text(), log.with_suffix(".err").read_text())
 
 
-def launch(arguments: list[str], folder: Path, world_size: int = 2, timeout: float = 150) -> Ended:
-    """Run under the launcher, to the end."""
+def launch(
+    arguments: list[str], folder: Path, world_size: int = 2, timeout: float = 150, name: str = "deepspeed"
+) -> Ended:
+    """Run under a launcher, to the end."""
     log = folder / "launch.log"
-    return end_of(start_launcher(arguments, log, world_size), log, timeout)
+    return end_of(start_launcher(arguments, log, world_size, name), log, timeout)
 
 
 def run_alone(arguments: list[str], timeout: float = 90, **environment: str) -> Ended:
