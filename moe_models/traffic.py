@@ -20,6 +20,7 @@ from typing import Literal
 
 from moe_models.config import DsConfig
 from moe_models.layout import Groups, Layout
+from moe_models.shares import share_of_one_rank
 from moe_models.sizes import ModelSizes
 from moe_models.tensor_parallel import kind_of, layer_specs
 
@@ -97,13 +98,8 @@ class _Plan:
         self._specs = layer_specs(ds.raw) if layout.tp_size > 1 else []
         self._tokens = work.micro_batch * work.length // layout.sp_size  # of one rank in one forward pass
         self._split = [(name, shape) for name, shape in sizes.dense if kind_of(name, self._specs) != "skip"]
-        split = sum(prod(shape) for _, shape in self._split)
-        self._replicated = sizes.dense_params - split
-        self._dense = self._replicated + split // layout.tp_size  # of one rank, ZeRO aside
-        self._expert = sizes.expert_params // layout.ep_size
+        self._share = share_of_one_rank(ds, sizes, layout)
         self._spread = ds.expert_parallel is not None or ds.moe.layer is not None
-        if not self._spread:  # plain HF blocks: experts are replicated over DP like everything else
-            self._dense, self._expert = self._dense + sizes.expert_params, 0
         self._forwards = work.accumulation * (2 if work.recompute else 1)
         zero = ds.raw.get("zero_optimization", {})
         self._reduces = work.accumulation if ds.zero_stage in (2, 3) else 1
@@ -142,8 +138,8 @@ class _Plan:
         """
         element = FP32 if self._layout.sp_size > 1 else self._work.element_bytes
         kind: Collective = "reduce-scatter" if self._ds.zero_stage == 3 else "all-reduce"
-        yield "gradients, dense part", kind, "DP", self._dense * element * self._reduces
-        yield "gradients, experts", kind, "EDP", self._expert * element * self._reduces
+        yield "gradients, dense part", kind, "DP", self._share.dense * element * self._reduces
+        yield "gradients, experts", kind, "EDP", self._share.expert * element * self._reduces
 
     def weights(self) -> Iterator[_Row]:
         """Weights gathered from their ZeRO partitions.
@@ -156,14 +152,15 @@ class _Plan:
         """
         element, accumulation = self._work.element_bytes, self._work.accumulation
         if self._ds.zero_stage in (1, 2):
-            yield "updated weights, dense part", "all-gather", "DP", self._dense * element
-            yield "updated weights, experts", "all-gather", "EDP", self._expert * element
+            yield "updated weights, dense part", "all-gather", "DP", self._share.dense * element
+            yield "updated weights, experts", "all-gather", "EDP", self._share.expert * element
         if self._ds.zero_stage != 3:
             return
         threshold = self._zero.get("stage3_param_persistence_threshold", 100_000)
+        threshold = 10 * self._sizes.hidden if threshold == "auto" else threshold  # as the HF Trainer fills it
         big = {name: prod(shape) for name, shape in self._sizes.dense if prod(shape) > threshold}
         small = self._sizes.dense_params - sum(big.values())
-        layer = (self._dense + self._expert) // max(1, self._sizes.layers)
+        layer = (self._share.dense + self._share.expert) // max(1, self._sizes.layers)
         dense, again = 2 * sum(big.values()), False
         if self._work.recompute and 2 * layer > self._zero.get("stage3_max_reuse_distance", 1_000_000_000):
             again = self._spread
@@ -193,7 +190,7 @@ class _Plan:
         yield "expert outputs", "all-gather", "TP", hidden * self._sizes.top_k * self._forwards
         back = hidden * (self._sizes.top_k + 1) * self._work.accumulation
         yield "gradients of expert outputs and inputs", "all-reduce", "TP", back
-        yield "gradients of what TP does not split", "all-reduce", "TP", self._replicated * FP32 * self._reduces
+        yield "gradients of what TP does not split", "all-reduce", "TP", self._share.replicated * FP32 * self._reduces
 
     def sequence_parallel(self) -> Iterator[_Row]:
         """Ulysses (``runtime/sequence_parallel/ulysses_sp.py``): queries, keys, values to heads, outputs back.
