@@ -180,15 +180,19 @@ class _Plan:
         if self._layout.tp_size == 1:
             return
         token = self._tokens * self._work.element_bytes
-        rows = [shape[0] for name, shape in self._split if kind_of(name, self._specs) == "row"]
+        rows = {name: shape[0] for name, shape in self._split if kind_of(name, self._specs) == "row"}
         columns = [s[1] for name, s in self._split if kind_of(name, self._specs) == "column" and len(s) == 2]
-        yield "row-parallel outputs", "all-reduce", "TP", sum(rows) * token * self._forwards
+        # Recomputation ends where the last thing that the gradient needs is there, before the last sum of a layer.
+        last = sum(width for name, width in rows.items() if name.endswith("mlp.down_proj.weight"))
+        summed = (sum(rows.values()) - last) * self._forwards + last * self._work.accumulation
+        yield "row-parallel outputs", "all-reduce", "TP", summed * token
         yield "column-parallel input gradients", "all-reduce", "TP", sum(columns) * token * self._work.accumulation
         if self._ds.expert_parallel is None:
             return
-        hidden = self._sizes.hidden * token * self._sizes.moe_layers
-        yield "expert outputs", "all-gather", "TP", hidden * self._sizes.top_k * self._forwards
-        back = hidden * (self._sizes.top_k + 1) * self._work.accumulation
+        routed = (self._sizes.hidden + 1) * self._sizes.top_k  # each row with its weight
+        layers = self._sizes.moe_layers * token
+        yield "expert outputs", "all-gather", "TP", routed * layers * self._forwards
+        back = (routed + self._sizes.hidden) * layers * self._work.accumulation
         yield "gradients of expert outputs and inputs", "all-reduce", "TP", back
         yield "gradients of what TP does not split", "all-reduce", "TP", self._share.replicated * FP32 * self._reduces
 

@@ -61,7 +61,9 @@ def test_live_run(
     check_live_run(clusters(WORLD), source, path, tmp_path, accumulation, recompute)
 
 
-def check_live_run(cluster: Cluster, source: Path, path: Path, out: Path, accumulation: int, recompute: bool) -> None:
+def check_live_run(
+    cluster: Cluster, source: Path, path: Path, out: Path, accumulation: int, recompute: bool, padding: float = 0.01
+) -> None:
     """Same groups; same bytes but for padding. Rows arrive unevenly, so bytes are averaged over the ranks."""
     ds, world = load_ds_config(path), cluster.world_size
     results = cluster.run(trace.traced_step, str(source), str(out), ds.deepspeed, accumulation, recompute)
@@ -88,7 +90,7 @@ def check_live_run(cluster: Cluster, source: Path, path: Path, out: Path, accumu
         live.update(result["flows"])
     assert set(live) == set(expected)
     for key, payload in expected.items():
-        assert live[key] == pytest.approx(payload, rel=1e-2), key
+        assert live[key] == pytest.approx(payload, rel=padding), key
 
 
 def test_a_thousand_ranks_in_milliseconds(tmp_path: Path) -> None:
