@@ -186,15 +186,15 @@ class _Plan:
         last = sum(width for name, width in rows.items() if name.endswith("mlp.down_proj.weight"))
         summed = (sum(rows.values()) - last) * self._forwards + last * self._work.accumulation
         yield "row-parallel outputs", "all-reduce", "TP", summed * token
-        yield "column-parallel input gradients", "all-reduce", "TP", sum(columns) * token * self._work.accumulation
+        yield "column-parallel gradients", "all-reduce", "TP", sum(columns) * token * self._work.accumulation
         if self._ds.expert_parallel is None:
             return
         routed = (self._sizes.hidden + 1) * self._sizes.top_k  # each row with its weight
         layers = self._sizes.moe_layers * token
         yield "expert outputs", "all-gather", "TP", routed * layers * self._forwards
         back = (routed + self._sizes.hidden) * layers * self._work.accumulation
-        yield "gradients of expert outputs and inputs", "all-reduce", "TP", back
-        yield "gradients of what TP does not split", "all-reduce", "TP", self._share.replicated * FP32 * self._reduces
+        yield "gradients of expert outputs", "all-reduce", "TP", back
+        yield "gradients of unsplit weights", "all-reduce", "TP", self._share.replicated * FP32 * self._reduces
 
     def sequence_parallel(self) -> Iterator[_Row]:
         """Ulysses (``runtime/sequence_parallel/ulysses_sp.py``): queries, keys, values to heads, outputs back.

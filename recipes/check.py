@@ -148,9 +148,9 @@ def _cell(layout: Layout, rank: int, num_experts: int, spread: bool) -> str:
     at = layout.coordinates(rank)
     lines = [f"rank {rank}", f"dp {at.dp}"]
     if layout.tp_size > 1:
-        lines[-1] += f" tp {at.tp}"
+        lines.append(f"tp {at.tp}")
     if layout.sp_size > 1:
-        lines[-1] += f" sp {at.sp}"
+        lines.append(f"sp {at.sp}")
     colour = "default"
     if spread:
         held = layout.experts_of(rank, num_experts)

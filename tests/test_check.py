@@ -69,7 +69,8 @@ def test_bytes_of_mixtral_by_hand(run: Any) -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize(
-    ("file", "world_size"), [("zero3_ep8.json", 1024), ("zero3.json", 1), ("zero1_ep2_native.json", 2)]
+    ("file", "world_size"),
+    [("zero3_ep8.json", 1024), ("zero3.json", 1), ("zero1_ep2_native.json", 2), ("zero1_ep2_tp2.json", 128)],
 )
 def test_fits_the_screen(run: Any, file: str, world_size: int, width: int) -> None:
     code, out, _ = run(file, world_size, width=width)
@@ -77,6 +78,8 @@ def test_fits_the_screen(run: Any, file: str, world_size: int, width: int) -> No
     assert max(map(len, out.splitlines())) <= width
     assert len(out.splitlines()) < 80
     assert ("... 125 more nodes ..." in out) == (world_size == 1024)
+    assert all(f"│{line} " in out or f"│{line}│" in out for line in ("tp 0", "tp 1")) == ("_tp2" in file)
+    assert not re.search(r"^\W+(split|inputs|backward)\W", out, re.M), "no row of the table is broken over two lines"
 
 
 def test_every_error_and_warning_at_once(run: Any) -> None:
