@@ -101,9 +101,8 @@ class _Plan:
         self._share = share_of_one_rank(ds, sizes, layout)
         self._spread = ds.expert_parallel is not None or ds.moe.layer is not None
         self._forwards = work.accumulation * (2 if work.recompute else 1)
-        zero = ds.raw.get("zero_optimization", {})
-        self._reduces = work.accumulation if ds.zero_stage in (2, 3) else 1
-        self._zero = zero
+        self._zero = ds.raw.get("zero_optimization", {})
+        self._reduces = work.accumulation if ds.zero_stage in (2, 3) else 1  # times that gradients travel in a step
 
     def _routes(self) -> int:
         """Rows [D] that one rank dispatches in one MoE layer (``deepspeed/moe/sharded_moe.py`` for native layers)."""
@@ -120,7 +119,8 @@ class _Plan:
         """Tokens to their experts and back (``module_inject/auto_ep_layer.py``: ``_AllToAllV``, before and after).
 
         With tensor parallelism each peer dispatches its share of the rows (``moe/ep_tp_dispatch.py``). Native layers
-        without a capacity pad every expert to the fullest one, so that this is their least.
+        without a capacity pad every expert to the fullest one, so that this is their least; DeepEP sends a token once
+        to each rank that has one of its experts, so that it is DeepEP's most.
         """
         if not self._spread:
             return
@@ -199,7 +199,7 @@ class _Plan:
     def sequence_parallel(self) -> Iterator[_Row]:
         """Ulysses (``runtime/sequence_parallel/ulysses_sp.py``): queries, keys, values to heads, outputs back.
 
-        Fewer key-value heads than ranks are repeated first.
+        Fewer key-value heads than ranks are repeated first. Read from the source only: no live run has SP yet.
         """
         sp, sizes = self._layout.sp_size, self._sizes
         if sp == 1:

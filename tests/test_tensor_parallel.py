@@ -1,7 +1,7 @@
 """AutoTP beside AutoEP: the function, the gradient norm and the exported weights of single-process Hugging Face.
 
 The peers of a TP group read the same data, so the reference sees the batches of one of them. Layouts: TP 2 on 4 ranks
-with EP 2 (EP group = TP group) and EP 4 (over both), and with ``-m conformance`` TP 2 x EP 2 x DP 4 on 8.
+with EP 2 (EP group = TP group) and EP 4 (over both pairs); tests/test_grids.py has 8 ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from moe_models.errors import UserError
 from recipes.export import run as export_checkpoint
 from tests import parity, roundtrip, test_parity
 from tests.cluster import ChildError, Cluster
@@ -128,15 +129,19 @@ def test_unchanged_model_comes_back_bit_by_bit(
 
 def test_resumed_equals_uninterrupted_and_any_checkpoint_is_the_model(clusters: Clusters, tmp_path: Path) -> None:
     """With the recipe and its JSON: checkpoint, resume, and the same bytes out of the last checkpoint's folder."""
-    check_resume(clusters(4), tmp_path, replicas=2)
+    check_resume(clusters(4), tmp_path, "zero1_ep2_tp2", replicas=2)
+    (tmp_path / "straight" / "checkpoint-6" / "global_step6" / "mp_rank_01_model_states.pt").unlink()
+    with pytest.raises(UserError, match=r"1 of 2 files are missing \(mp_rank_01_model_states\.pt\)"):
+        export_checkpoint(tmp_path / "straight" / "checkpoint-6", tmp_path / "again", "5GB")
 
 
-def check_resume(cluster: Cluster, folder: Path, replicas: int) -> None:
-    model = save_model(folder / "tiny", "qwen3_moe")
+def check_resume(cluster: Cluster, folder: Path, preset: str, replicas: int, **overrides: Any) -> None:
+    """Six steps, and three after a resume, are the same; so is an export from the checkpoint's folder."""
+    model = save_model(folder / "tiny", "qwen3_moe", **overrides)
     data = write_jsonl(folder / "train.jsonl", text_rows(16))
 
     def arguments(out: Path, **more: Any) -> list[str]:
-        return flags(model, data, "zero1_ep2_tp2", out, replicas, **more)
+        return flags(model, data, preset, out, replicas, **more)
 
     straight = cluster.run(train_in_cluster, arguments(folder / "straight"))[0]
     export_checkpoint(folder / "straight" / "checkpoint-6", folder / "offline", "5GB")
@@ -149,27 +154,9 @@ def check_resume(cluster: Cluster, folder: Path, replicas: int) -> None:
     assert got == expected
     assert largest_difference(resumed["folder"], straight["folder"]) == 0.0
 
-    (folder / "straight" / "checkpoint-6" / "global_step6" / "mp_rank_01_model_states.pt").unlink()
-    with pytest.raises(Exception, match=r"1 of 2 files are missing \(mp_rank_01_model_states\.pt\)"):
-        export_checkpoint(folder / "straight" / "checkpoint-6", folder / "again", "5GB")
-
 
 def test_bytes_of_a_live_run(clusters: Clusters, tiny_checkpoints: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(tp_config(2, 2)))
     # Peers keep unequal numbers of rows, and all gather as many as the one with most.
     check_live_run(clusters(4), tiny_checkpoints("qwen3_moe"), path, tmp_path, 2, True, padding=0.03)
-
-
-@pytest.mark.conformance
-def test_three_dimensions_on_eight_ranks(
-    tiny_checkpoints: Tiny, references: Callable[..., Any], tmp_path: Path
-) -> None:
-    """TP 2 x EP 2 on 8 ranks: DP 4 for the dense part, EDP 4 for the experts; trained, saved, resumed, exported."""
-    cluster = Cluster(8)
-    try:
-        config = tp_config(1, 2)
-        check_tp_case(cluster, references, tiny_checkpoints("mixtral"), tmp_path / "a", config, 1, timeout=500)
-        check_resume(cluster, tmp_path, replicas=4)
-    finally:
-        cluster.stop()
