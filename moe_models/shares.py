@@ -39,7 +39,7 @@ def state_bytes(ds: DsConfig, sizes: ModelSizes, layout: Layout, element_bytes: 
 
     Rajbhandari et al. 2020 (ZeRO): stage 1 shards optimizer states, 2 gradients too, 3 weights too; the dense part over
     all ranks but tensor-parallel peers, experts over the ranks that hold the same. AdamW keeps two moments and, for
-    16-bit weights, an fp32 copy.
+    16-bit weights, an fp32 copy. What ``offloaded`` names lies in host memory.
     """
     share, stage = share_of_one_rank(ds, sizes, layout), ds.zero_stage
     parts = ((share.dense, layout.zero_size), (share.expert, layout.edp_size))
@@ -52,3 +52,10 @@ def state_bytes(ds: DsConfig, sizes: ModelSizes, layout: Layout, element_bytes: 
         name: sum(n * each // (ranks if stage >= from_stage else 1) for n, ranks in parts)
         for name, (each, from_stage) in kinds.items()
     }
+
+
+def offloaded(ds: DsConfig) -> set[str]:
+    """The kinds of :func:`state_bytes` that ZeRO-Offload keeps in host memory or on NVMe."""
+    zero = ds.raw.get("zero_optimization", {})
+    places = {"offload_optimizer": "optimizer", "offload_param": "weights"}
+    return {kind for key, kind in places.items() if (zero.get(key) or {}).get("device", "none") != "none"}

@@ -194,16 +194,18 @@ def _first(groups: Groups) -> str:
 
 def memory_lines(ds: Any, sizes: Any, layout: Layout, element_bytes: int) -> str:
     """The model's size, and what one rank keeps of it."""
-    from moe_models.shares import state_bytes
+    from moe_models.shares import offloaded, state_bytes
 
-    states = state_bytes(ds, sizes, layout, element_bytes)
-    parts = " + ".join(f"{name} {amount(count)}" for name, count in states.items())
+    states, elsewhere = state_bytes(ds, sizes, layout, element_bytes), offloaded(ds)
+    parts = " + ".join(f"{name} {amount(count)}" for name, count in states.items() if name not in elsewhere)
+    host = " + ".join(f"{name} {amount(count)}" for name, count in states.items() if name in elsewhere)
+    total_here = sum(count for name, count in states.items() if name not in elsewhere)
     billions = (sizes.dense_params + sizes.expert_params, sizes.expert_params, sizes.active_params)
     total, experts, active = (f"{count / 1e9:.3g}" for count in billions)
     return (
         f"[bold]model[/bold]   {total} billion parameters: {experts} in experts; one token passes {active}\n"
-        f"[bold]memory[/bold]  {parts}\n        = {amount(sum(states.values()))} on each rank with AdamW, "
-        "before activations and buffers\n"
+        f"[bold]memory[/bold]  {parts}\n        = {amount(total_here)} on each rank with AdamW, "
+        "before activations and buffers\n" + (f"        in host memory, for each rank: {host}\n" if host else "")
     )
 
 

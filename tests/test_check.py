@@ -67,6 +67,13 @@ def test_bytes_of_mixtral_by_hand(run: Any) -> None:
     assert re.search(r"= 122 GB on each rank", out)  # 45.1 x (4/4 + 12/8) + 1.6 x (4 + 12/8)
 
 
+def test_what_is_offloaded_is_not_counted(run: Any) -> None:
+    """45.1 x 4/8 + 1.6 x 4 on the GPU, 12 bytes for each parameter over 8 on the host."""
+    _, out, _ = run("zero1_ep8_offload.json", 8)
+    assert "= 29 GB on each rank with AdamW, before" in out
+    assert "in host memory, for each rank: optimizer 70.1 GB" in out
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize(
     ("file", "world_size"),
