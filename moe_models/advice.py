@@ -70,12 +70,6 @@ def warnings_for_run(
             f"expert_parallel.autoep_size = {ep}: EP groups cross nodes of {gpus_per_node} GPUs, so every MoE layer's "
             f"dispatch and combine go over the network; inside a node: {inside}"
         )
-    top_k, own = ds.expert_parallel.top_k, model_config.get("num_experts_per_tok")
-    if top_k != "auto" and own is not None and top_k != own:
-        lines.append(
-            f"expert_parallel.top_k = {top_k} replaces the model's num_experts_per_tok = {own}, also in evaluation; "
-            "the exported config.json keeps its own"
-        )
     lines += versions.untested_versions()
     return lines
 

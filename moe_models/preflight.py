@@ -122,6 +122,34 @@ def _model_problems(experts: ExpertParallel, config: Mapping[str, Any], world_si
 
 
 def _routing_problems(experts: ExpertParallel, config: Mapping[str, Any], count: int) -> Iterator[str]:
+    """Routing that cannot be, or that the exported model would not do, because its class reads its config.json."""
+    impossible = list(_impossible_routing(experts, config, count))
+    if impossible:
+        yield from impossible
+        return
+    for key, own, default in (
+        ("top_k", "num_experts_per_tok", "auto"),
+        ("num_expert_groups", "n_group", None),
+        ("num_limited_groups", "topk_group", None),
+    ):
+        value = getattr(experts, key)
+        if value not in (default, config.get(own)):
+            where = f"{own} = {show(config[own])}" if own in config else f"no {own}"
+            yield (
+                f"expert_parallel.{key} = {value}: config.json has {where}, and the exported model routes by that; "
+                f"{'change it there before training, or ' if own in config else ''}remove the key"
+            )
+    fields = type(experts).model_fields
+    for key in ("score_func", "score_apply", "route_norm", "route_scale", "routed_scaling_factor", "expert_activation"):
+        value, default = getattr(experts, key), fields[key].default
+        if value != default:
+            yield (
+                f"expert_parallel.{key} = {show(value)}: the exported model would not know of it and compute another "
+                "function; remove the key, the model's own is found from its config.json"
+            )
+
+
+def _impossible_routing(experts: ExpertParallel, config: Mapping[str, Any], count: int) -> Iterator[str]:
     if experts.top_k != "auto" and not 1 <= experts.top_k <= count:
         yield f'expert_parallel.top_k = {experts.top_k}: must be 1 to {count} (the experts), or "auto" for the model\'s'
     groups = experts.num_expert_groups or config.get("n_group")

@@ -411,9 +411,39 @@ def test_ep_across_nodes(ds: Any) -> None:
     assert warnings_for_run(ds({"autoep_size": 8}), MIXTRAL, 16) == []
 
 
-def test_top_k_that_differs(ds: Any) -> None:
-    line = one(warnings_for_run(ds({"top_k": 1}), MIXTRAL, 2))
-    assert line.startswith("expert_parallel.top_k = 1 replaces the model's num_experts_per_tok = 2")
+@pytest.mark.parametrize(
+    ("ep", "config", "words"),
+    [
+        ({"top_k": 2}, MIXTRAL, None),
+        ({"num_expert_groups": 2, "num_limited_groups": 1}, {"model_type": "deepseek_v3", **TINY["deepseek_v3"]}, None),
+        ({"route_scale": 1.0, "score_func": "auto"}, MIXTRAL, None),
+        (
+            {"top_k": 1},
+            MIXTRAL,
+            "expert_parallel.top_k = 1: config.json has num_experts_per_tok = 2, and the exported model routes by that; "
+            "change it there before training, or remove the key",
+        ),
+        (
+            {"num_expert_groups": 2, "num_limited_groups": 2},
+            {"model_type": "deepseek_v3", **TINY["deepseek_v3"]},
+            "expert_parallel.num_limited_groups = 2: config.json has topk_group = 1, and the exported model routes by",
+        ),
+        ({"route_norm": False}, MIXTRAL, "expert_parallel.route_norm = false: the exported model would not know of it"),
+        ({"route_scale": 2.0}, MIXTRAL, "expert_parallel.route_scale = 2.0: the exported model would not know of it"),
+        ({"score_func": "sigmoid"}, MIXTRAL, 'expert_parallel.score_func = "sigmoid": the exported model would not'),
+    ],
+)
+def test_routing_that_the_exported_model_would_not_do(
+    ds: Any, ep: dict[str, Any], config: dict[str, Any], words: str | None
+) -> None:
+    problems = check_run(ds(ep), config, 2)
+    assert problems == [] if words is None else one(problems).startswith(words)
+
+
+def test_group_limits_of_a_model_without_groups(ds: Any) -> None:
+    problems = check_run(ds({"num_expert_groups": 2, "num_limited_groups": 1}), MIXTRAL, 2)
+    assert len(problems) == 2
+    assert problems[0].startswith("expert_parallel.num_expert_groups = 2: config.json has no n_group, and the exported")
 
 
 def test_untested_versions(ds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
