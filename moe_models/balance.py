@@ -179,11 +179,11 @@ class SelectionBias:
         error_LE = counts_LE.mean(-1, keepdim=True) - counts_LE
         self.bias_LE += self._rate * error_LE.sign().to(self.bias_LE.dtype)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The bias of each block, for a checkpoint."""
-        return {router.block: row_E.cpu().clone() for router, row_E in zip(self._routers, self.bias_LE, strict=True)}
+    def state(self) -> dict[str, list[float]]:
+        """The bias of each block, [E], for a checkpoint; fp32 survives the way through Python floats exactly."""
+        return {router.block: row_E.tolist() for router, row_E in zip(self._routers, self.bias_LE, strict=True)}
 
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load(self, state: Mapping[str, list[float]]) -> None:
         """Go on from :meth:`state`. Raises KeyError for a block that it lacks."""
         for router, row_E in zip(self._routers, self.bias_LE, strict=True):
-            row_E.copy_(state[router.block])
+            row_E.copy_(torch.tensor(state[router.block]))

@@ -37,7 +37,6 @@ from moe_models.hf_folder import (
     kept_in_fp32,
     save_companions,
     tied_names,
-    with_progress,
 )
 from moe_models.tp_shards import join_on_rank_0, split_dimension
 
@@ -278,7 +277,8 @@ def export(
             for hub_name, tensor in tensors.items():
                 writer.add(hub_name, tensor)
             done += len(tensors)
-            with_progress(progress, done, len(expected))
+            if progress is not None:
+                progress(done, len(expected))
 
     def finish() -> None:
         left = [name for name in source.unasked() if name not in tied_names(config)]

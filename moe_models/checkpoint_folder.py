@@ -178,6 +178,10 @@ class FolderSource:
         """See :class:`~moe_models.checkpoint.TensorSource`."""
         return self._unasked
 
+    def num_experts(self, block: str) -> int:
+        """Experts of an AutoEP or native block."""
+        return int(self._layers[block]["num_experts"])
+
     def _entry(self, rank: int, block: str) -> Mapping[str, Any]:
         return next(e for e in self._ranks[rank]["ds_autoep_layers"] if e["module_path"] == block)
 

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,7 @@ DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 
 INDEX_NAME = "model.safetensors.index.json"
 
-_WEIGHT_FILES = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|selection_bias\.safetensors"
-)
+_WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|selection_bias\.json")
 _COMPANIONS = re.compile(
     r"config\.json|generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt"
     r"|spiece\.model|sentencepiece\..*|chat_template\..*|additional_chat_templates"
@@ -120,12 +118,15 @@ class HFFolderWriter:
     def _flush(self) -> None:
         if not self._shard:
             return
-        file = f"shard-{len(self._shard_files):05d}.safetensors"
+        file = self.staging / f"shard-{len(self._shard_files):05d}.safetensors"
+        file.touch()
+        mode = file.stat().st_mode  # what the user's umask says; safetensors would let only the owner read it
         try:
-            save_file(self._shard, self.staging / file, metadata={"format": "pt"})
+            save_file(self._shard, file, metadata={"format": "pt"})
         except SafetensorError as error:  # it is no OSError, even for a full disk
-            raise ExportError(f"{self.staging / file}: cannot be written: {error}") from error
-        self._shard_files.append((file, list(self._shard)))
+            raise ExportError(f"{file}: cannot be written: {error}") from error
+        file.chmod(mode)
+        self._shard_files.append((file.name, list(self._shard)))
         self._shard, self._shard_bytes = {}, 0
 
     def close_weights(self) -> None:
@@ -294,9 +295,3 @@ def copy_companions(source: Path, folder: Path) -> None:
             shutil.copytree(entry, folder / entry.name)
         else:
             shutil.copyfile(entry, folder / entry.name)
-
-
-def with_progress(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
-    """Report ``done`` of ``total`` tensors, if anybody listens."""
-    if progress is not None:
-        progress(done, total)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
@@ -25,8 +24,9 @@ LOAD_FILE = "expert_load.jsonl"
 """In the output folder: one line for each logged step or evaluation, with tokens per expert of every layer."""
 
 
-BIAS_FILE = "selection_bias.safetensors"
-"""In a checkpoint, and beside an exported model that has no place for it: the selection bias of each MoE block."""
+BIAS_FILE = "selection_bias.json"
+"""In a checkpoint, and beside an exported model that has no place for it: MoE block -> selection bias of each expert.
+Not a .safetensors: loaders take every such file of a folder for weights of the model."""
 
 
 class Routing(TrainerCallback):
@@ -131,12 +131,12 @@ class Routing(TrainerCallback):
     def save(self, folder: Path) -> None:
         """Write the selection bias into a checkpoint or a model folder; one process calls it."""
         if self.bias is not None:
-            save_file(self.bias.state(), folder / BIAS_FILE)
+            (folder / BIAS_FILE).write_text(json.dumps(self.bias.state(), indent=1) + "\n")
 
     def load(self, folder: Path) -> None:
         """Go on with the selection bias of a checkpoint; it starts anew where the checkpoint has none."""
         if self.bias is not None and (folder / BIAS_FILE).exists():
-            self.bias.load(load_file(folder / BIAS_FILE))
+            self.bias.load(json.loads((folder / BIAS_FILE).read_text()))
 
     @property
     def left_out(self) -> str | None:

@@ -8,6 +8,7 @@ and accelerate. What is added here, and why:
   every rank has finished writing.
 - A loss, gradient or weight that is not finite ends the run before it can reach a checkpoint.
 - After ``deepspeed.initialize`` the AutoEP blocks are counted.
+- A checkpoint of another layout can be resumed (``moe_models/relayout.py``).
 - Native layers (``moe_models/native.py``): their own balancing loss joins the loss, and their drop rate is logged.
 - The load of the experts is logged with the loss, and balanced as ``"moe": {"balance": ...}`` says.
 """
@@ -15,6 +16,7 @@ and accelerate. What is added here, and why:
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from pathlib import Path
@@ -33,6 +35,7 @@ from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.moe_schema import Balance
 from moe_models.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.proof import ExportProof, prove_folder, record_logits
+from moe_models.relayout import LAYOUT_FILE, any_layout, describe_engine
 from moe_models.routing import Routing
 from moe_models.tp_shards import count_every_expert_in_the_norm
 
@@ -96,9 +99,9 @@ class MoETrainer(SFTTrainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if is_writer():  # left by a run that was killed while it saved
             shutil.rmtree(Path(self.args.output_dir) / STAGING_FOLDER, ignore_errors=True)
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        config = self.accelerator.state.deepspeed_plugin.deepspeed_config or {}
-        section = config.get("expert_parallel") or {}
+        with any_layout(self.family):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        section = (self.accelerator.state.deepspeed_plugin.deepspeed_config or {}).get("expert_parallel") or {}
         if self.get_tp_size() > 1:
             count_every_expert_in_the_norm(self.model_wrapped.optimizer)
             self._tp_size = self.get_tp_size()  # TRL counts the tokens that peers share once for each
@@ -212,6 +215,7 @@ class MoETrainer(SFTTrainer):
         if is_writer():
             self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
             self.routing.save(staging / name)
+            (staging / name / LAYOUT_FILE).write_text(json.dumps(describe_engine(self.model_wrapped), indent=1) + "\n")
             if (run_dir / name).exists():  # a resumed run passes this step again
                 os.replace(run_dir / name, staging / "replaced")
             os.replace(staging / name, run_dir / name)

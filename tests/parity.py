@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,24 @@ def ds_config(stage: int, ep_size: int | None, **extra: Any) -> dict[str, Any]:
     return {**config, **extra}
 
 
+@contextmanager
+def planted(owner: Any, name: str, wrong: Any) -> Iterator[None]:
+    """A fault in this process, for as long as the block runs: ``owner.name`` is ``wrong``."""
+    right = getattr(owner, name)
+    setattr(owner, name, wrong)
+    try:
+        yield
+    finally:
+        setattr(owner, name, right)
+
+
+def daily(cases: Sequence[Sequence[Any]], chosen: set[int]) -> list[Any]:
+    """All cases for `-m conformance`; those with the ``chosen`` positions also for the default run."""
+    import pytest
+
+    return [pytest.param(*case, marks=() if i in chosen else pytest.mark.conformance) for i, case in enumerate(cases)]
+
+
 def rows(count: int, seed: int = 0, vocab: int = 64) -> list[dict[str, list[int]]]:
     """Tokenised rows of unequal length, so that ranks and micro-batches hold unequal token counts."""
     import random
@@ -43,7 +63,9 @@ def rows(count: int, seed: int = 0, vocab: int = 64) -> list[dict[str, list[int]
 
 
 def fresh_accelerate() -> None:
-    """Forget the last case's accelerate and HF-DeepSpeed state; the process group stays."""
+    """Forget the last case's accelerate, HF-DeepSpeed and tensor-parallel state; the process group stays."""
+    import sys
+
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -51,6 +73,17 @@ def fresh_accelerate() -> None:
     GradientState._reset_state()
     PartialState._reset_state()
     unset_hf_deepspeed_config()
+    # A run with tensor parallelism leaves itself in these globals, and the next engine would be one too.
+    if "deepspeed" in sys.modules:
+        from deepspeed.module_inject.layers import set_autotp_mode
+        from deepspeed.runtime.tensor_parallel import init_utils
+        from deepspeed.utils import groups
+
+        init_utils._TP_MODEL_INIT_ARGS = None
+        set_autotp_mode(training=False)
+        for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "mesh_device"):
+            setattr(groups, name, None)
+        groups.mpu = None
 
 
 def tokenizer() -> Any:

@@ -24,6 +24,7 @@ from tests.cluster import free_port
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "recipes" / "finetune.py"
+sys.path.insert(0, str(SCRIPT.parent))  # as python does for a script; runpy does not
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "DS_ACCELERATOR": "cpu",
@@ -210,7 +211,7 @@ def train_in_cluster(arguments: list[str], callbacks: tuple[Any, ...] = ()) -> d
     trainer, _, eval_rows, script = start_in_cluster(arguments)
     for callback in callbacks:
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=script["_resume"](trainer.args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=script["resume_value"](trainer.args.resume_from_checkpoint))
     if eval_rows is not None:
         trainer.evaluate()
     trainer.save_model()

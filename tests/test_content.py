@@ -296,6 +296,7 @@ def test_infinite_weights_are_not_saved(
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-3"]
 
 
+@pytest.mark.conformance
 def test_absurd_learning_rate_under_the_launcher(with_dropout: Path, data: Path, tmp_path: Path) -> None:
     """One line from rank 0, exit code 1, no traceback, and nothing exported (a logged load may be there)."""
     out = tmp_path / "out"

@@ -68,7 +68,9 @@ def test_writer_writes_what_it_was_given(tmp_path: Path) -> None:
     assert {k: v.tolist() for k, v in load_tensors(tmp_path / "out").items()} == {
         k: v.tolist() for k, v in tensors.items()
     }
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+    (tmp_path / "plain").touch()
+    modes = [file.stat().st_mode for file in (tmp_path / "out").glob("*.safetensors")]
+    assert modes == [(tmp_path / "plain").stat().st_mode] * 3, "readable for whom any other file is"
     assert leftovers(tmp_path / "out") == []
     assert all(t.dtype == torch.float32 for t in tensors.values())
 

@@ -81,12 +81,8 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         FAULTS[1]: (trainer, "mean_aux_loss", lambda *a: mean(*a) * 2),
         FAULTS[2]: (Layout, "experts_of", lambda self, rank, count: range(count // self.ep_size)),
     }[fault]
-    right = getattr(owner, name)
-    setattr(owner, name, wrong)
-    try:
+    with parity.planted(owner, name, wrong):
         return parity.train_case(*args, **kwargs)
-    finally:
-        setattr(owner, name, right)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

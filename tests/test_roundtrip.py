@@ -55,8 +55,9 @@ def unchanged_cases() -> list[Any]:
                 if ep_size is None and stage != 3:
                     continue  # the plain model under ZeRO 1 and 2 has whole tensors on every rank
                 for k, dtype in enumerate(DTYPES):
-                    # Engines take seconds to build, so the default run takes one layout per family, stage and dtype.
+                    # Engines take seconds to build, so the default run takes one layout per family and stage.
                     daily = (i + j + k + stage) % 5 == 0 if stage < 3 else (i + j + 3 * k) % 7 == 0
+                    daily = daily and (i + stage + k) % 2 == 0
                     marks = [] if daily else [pytest.mark.conformance]
                     name = f"{model_type}-zero{stage}-world{world_size}-ep{ep_size or 'none'}-{dtype}"
                     cases.append(pytest.param(model_type, stage, world_size, ep_size, dtype, id=name, marks=marks))

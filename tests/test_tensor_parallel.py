@@ -130,6 +130,9 @@ def test_unchanged_model_comes_back_bit_by_bit(
 def test_resumed_equals_uninterrupted_and_any_checkpoint_is_the_model(clusters: Clusters, tmp_path: Path) -> None:
     """With the recipe and its JSON: checkpoint, resume, and the same bytes out of the last checkpoint's folder."""
     check_resume(clusters(4), tmp_path, "zero1_ep2_tp2", replicas=2)
+    elsewhere = flags(tmp_path / "tiny", tmp_path / "train.jsonl", "zero1_ep2", tmp_path / "resumed", 4)
+    with pytest.raises(ChildError, match=r"tensor parallelism in it or here .* cannot be resumed yet"):
+        clusters(4).run(train_in_cluster, [*elsewhere, "--resume_from_checkpoint", "true"])
     (tmp_path / "straight" / "checkpoint-6" / "global_step6" / "mp_rank_01_model_states.pt").unlink()
     with pytest.raises(UserError, match=r"1 of 2 files are missing \(mp_rank_01_model_states\.pt\)"):
         export_checkpoint(tmp_path / "straight" / "checkpoint-6", tmp_path / "again", "5GB")

@@ -1,0 +1,117 @@
+"""What each balancing method makes of a badly skewed router of a real model; prints the table of benchmarks/balance.md.
+
+    ./run.sh                                        # once: prepares the real model and text
+    python -m benchmarks.balance_real --steps 120   # 2 GPUs; without, 2 CPU processes and much patience
+
+The model is the quickstart's: SmolLM2-135M upcycled to 4 experts, top-2. Its routers are bent: in each layer the rows
+of two experts get a multiple of the mean router input, so that these two win almost every token (max/mean 2, the most
+that top-2 of 4 can be). Odd layers favour another pair than even ones, which a loss that pools the layers cannot see.
+All experts start equal, so the bend leaves the loss as it was, and what balancing costs is seen from the first step on.
+
+Every method is one JSON file and one run of `recipes/finetune.py` from the same weights over the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.cluster import free_port
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "quickstart"
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {"aux_loss_coef": 0.0},
+    "micro_batch": {"aux_loss_coef": 0.02},
+    "micro_batch, per_layer": {"aux_loss_coef": 0.02, "per_layer": True},
+    "global_batch, per_layer": {"aux_loss_coef": 0.02, "per_layer": True, "scope": "global_batch"},
+    "sequence, per_layer": {"aux_loss_coef": 0.02, "per_layer": True, "scope": "sequence"},
+    "bias": {"aux_loss_coef": 0.0, "bias_update_rate": 0.02},
+}
+
+
+def save_skewed(source: Path, folder: Path, text: Path, strength: float) -> None:
+    """``source`` with bent routers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shutil.copytree(source, folder)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    first = json.loads(text.read_text().splitlines()[0])["text"]
+    ids_TT = AutoTokenizer.from_pretrained(source)(first, return_tensors="pt").input_ids[:, :2048].view(-1, 256)
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    means: list[torch.Tensor] = []
+    hooks = [g.register_forward_pre_hook(lambda _, args: means.append(args[0].flatten(0, -2).mean(0))) for g in gates]
+    with torch.no_grad():
+        model(input_ids=ids_TT)  # one pass does: equal experts give the same output whatever the routers say
+        for index, (gate, mean_D) in enumerate(zip(gates, means, strict=True)):
+            for expert in ((0, 1), (2, 3))[index % 2]:
+                gate.weight[expert] += strength * mean_D / mean_D.dot(mean_D)
+    for hook in hooks:
+        hook.remove()
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def finetune(model: Path, out: Path, balance: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """One method: held-out figures after training, and the worst layer's max/mean at each logged step."""
+    config = json.loads((ROOT / "ds_configs" / "zero1_ep2.json").read_text()) | {"moe": {"balance": balance}}
+    ds_config = out.with_suffix(".json")
+    ds_config.write_text(json.dumps(config))
+    flags = {
+        "model_name_or_path": model, "dataset_name": CACHE / "train.jsonl", "deepspeed": ds_config, "output_dir": out,
+        "eval_dataset": CACHE / "heldout-short.jsonl", "max_steps": args.steps, "max_length": args.max_length,
+        "per_device_train_batch_size": args.batch, "per_device_eval_batch_size": 1, "packing": True,
+        "learning_rate": args.learning_rate, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2,
+        "logging_steps": max(1, args.steps // 40), "save_strategy": "no", "report_to": "none", "seed": args.seed,
+    }  # fmt: skip
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "2"]
+    command = [*launcher, "--master_port", str(free_port()), str(ROOT / "recipes" / "finetune.py")]
+    command += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    lines = [json.loads(line) for line in (out / "expert_load.jsonl").read_text().splitlines()]
+    worst = [(line["split"], line["step"], max(layer["max_mean"] for layer in line["layers"])) for line in lines]
+    summary = json.loads((out / "summary.json").read_text())
+    return {
+        "first": next(load for split, _, load in worst if split == "train"),
+        "held_out": [load for split, _, load in worst if split == "eval"][-1],
+        "reached": next((step for split, step, load in worst if split == "train" and load < 1.3), None),
+        "loss": summary["eval_loss_after"],
+        "before": summary["eval_loss_before"],
+    }
+
+
+def main() -> None:
+    """Bend, train every method, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4, help="rows of --max_length tokens per process and step")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--strength", type=float, default=2.0, help="logits added to the favoured experts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    args = parser.parse_args()
+    print(
+        "| method | worst layer's max/mean: first, held out after | below 1.3 by step | held-out loss: before, after |"
+    )
+    print("|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        save_skewed(CACHE / "moe", Path(name) / "skewed", CACHE / "train.jsonl", args.strength)
+        for index, method in enumerate(args.methods):
+            found = finetune(Path(name) / "skewed", Path(name) / str(index), METHODS[method], args)
+            print(
+                f"| {method} | {found['first']:.2f}, {found['held_out']:.2f} | {found['reached'] or 'never'} | "
+                f"{found['before']:.4f}, {found['loss']:.4f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

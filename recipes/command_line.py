@@ -1,0 +1,194 @@
+"""The command line of the recipes that train: TRL's flags and ours, and all that can be refused without weights."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_models.errors import UserError, tell
+
+RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass
+class RecipeArguments:
+    """What the recipes add to TRL's flags."""
+
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Held-out data (like --dataset_name): its loss is reported before and after training."},
+    )
+    export_max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of the exported model."})
+
+
+def read_command_line(words: list[str], about: str = "") -> tuple[Any, ...]:
+    """Parse the flags and check everything that JSON, config.json and world size can tell, before any weight is read.
+
+    Raises UserError with every problem found. Paths come first, for they need no import that takes seconds: their
+    problems are said at once, and the rest follows.
+    """
+    words = [word for word in words if not word.startswith("--local_rank")]  # the launcher adds it
+    problems, model_config, json_is_sound = check_paths(words)
+    told = tell(problems, rank=RANK)
+
+    from moe_models.config import adapt_for_cpu, load_ds_config
+    from moe_models.preflight import check_run, warnings_for_run
+    from moe_models.traffic import Work
+
+    parser, given, problems = parse_flags(words, about)
+    ds = None
+    if json_is_sound:
+        try:
+            ds = load_ds_config(given.deepspeed)
+        except UserError as error:
+            problems += error.problems
+    if ds is not None and model_config is not None:
+        problems += check_run(ds, model_config, WORLD_SIZE)
+    problems += refused_flags(given, model_config or {}, ds)
+    if problems or told or ds is None or model_config is None:
+        raise UserError(problems)
+
+    from moe_models.cpu import join_cpu_ranks, on_cpu
+
+    values = vars(given)
+    notes: list[str] = []
+    # The JSON decides the layout and the precision; DeepSpeed and HF see it as a value, our own section removed.
+    values["deepspeed"] = ds.deepspeed
+    if ds.precision != "auto":
+        values |= {"bf16": ds.precision == "bf16", "fp16": ds.precision == "fp16"}
+    if on_cpu():
+        values["deepspeed"], notes = adapt_for_cpu(ds.deepspeed)
+        values |= {"bf16": False, "fp16": False, "dataloader_pin_memory": False}
+        values["accelerator_config"] = join_cpu_ranks()
+    try:
+        script, recipe, args, model_args = parser.parse_dict(values)
+    except (ValueError, TypeError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    mismatches = args.hf_deepspeed_config.mismatches
+    if mismatches:
+        raise UserError(f'{ds.path}: {line.strip(" -")}; make them equal, or write "auto"' for line in mismatches)
+    if recipe.eval_dataset is None and args.eval_strategy == "no":
+        args.eval_on_start = False
+    if RANK == 0:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+        work = Work(
+            micro_batch=args.per_device_train_batch_size,
+            length=args.max_length or model_config.get("max_position_embeddings") or 1,
+            accumulation=args.gradient_accumulation_steps,
+        )
+        gpu = not on_cpu()
+        warned = warnings_for_run(ds, model_config, WORLD_SIZE, per_node, on_gpu=gpu, work=work if gpu else None)
+        notes += [f"warning: {line}" for line in warned]
+        if ds.moe.layer is not None:
+            notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
+        print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
+    return script, recipe, args, model_args, ds
+
+
+def check_paths(words: list[str]) -> tuple[list[str], dict[str, Any] | None, bool]:
+    """(problems with the flags that name files and folders, the model's config.json, whether the JSON can be read)."""
+    from moe_models.config import read_json
+    from moe_models.inputs import check_dataset_path, check_output_dir, read_model_config
+
+    required = ("model_name_or_path", "dataset_name", "deepspeed", "output_dir")
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in (*required, "eval_dataset", "resume_from_checkpoint"):
+        flags.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", dest=name)
+    given, _ = flags.parse_known_args(words)
+    if {"-h", "--help"} & set(words):
+        return [], None, False
+    problems = [f"--{name}: is required; see --help" for name in required if not getattr(given, name)]
+    if "RANK" not in os.environ:
+        problems.append("no RANK in the environment; start it as: deepspeed --num_gpus N recipes/finetune.py ...")
+    read: dict[str, Any] = {}
+    for name, path, reader in (
+        ("model", given.model_name_or_path, read_model_config),
+        ("json", given.deepspeed, read_json),
+    ):
+        try:
+            read |= {name: reader(path)} if path else {}
+        except UserError as error:
+            problems += error.problems
+    for name in (given.dataset_name, given.eval_dataset):
+        problems += check_dataset_path(name) if name else []
+    if given.output_dir:
+        problems += check_output_dir(given.output_dir, resume_value(given.resume_from_checkpoint))
+    return problems, read.get("model"), "json" in read
+
+
+def parse_flags(words: list[str], about: str) -> tuple[Any, Any, list[str]]:
+    """(parser, what it understood, a line for every flag that it did not)."""
+    from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    kinds = (ScriptArguments, RecipeArguments, SFTConfig, ModelConfig)
+    parser = TrlParser(kinds, description=about, allow_abbrev=False)
+    # Training text should not be cut where it is too long, progress should be kept, and experiments should be seen.
+    parser.set_defaults_with_config(
+        packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None
+    )
+
+    def refuse(message: str) -> None:
+        raise UserError(message)
+
+    parser.error = refuse
+    problems: list[str] = []
+    while True:
+        try:
+            given, unknown = parser.parse_known_args(words)
+            break
+        except UserError as error:  # argparse stops at the first: note it, take that flag out, and go on
+            found = re.match(r"argument (--[\w-]+)(?:/[\w/-]+)?: (.*)", str(error), re.DOTALL)
+            start = next((i for i, word in enumerate(words) if found and word.split("=")[0] == found[1]), None)
+            if found is None or start is None:
+                raise
+            problems.append(f"{found[1]}: {' '.join(found[2].split())}")
+            end = next((i for i in range(start + 1, len(words)) if words[i].startswith("--")), len(words))
+            words = words[:start] + words[end:]
+    problems += [f"{word.split('=')[0]}: no such flag; see --help" for word in unknown if word.startswith("-")]
+    strays = [word for word in unknown if not word.startswith("-")]
+    if strays and not any(word.startswith("-") for word in unknown):
+        problems.append(f"{' '.join(strays)}: belongs to no flag; see --help")
+    return parser, given, problems
+
+
+def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str]:
+    """Flags of TRL that this recipe cannot honour, or that cannot fit the model or the JSON."""
+    from moe_models.hf_folder import parse_size
+    from moe_models.preflight import length_problems
+
+    problems = []
+    if given.use_peft or given.load_in_4bit or given.load_in_8bit:
+        problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
+    if given.trust_remote_code:
+        problems.append("--trust_remote_code: not supported; every family of this recipe is part of transformers")
+    problems += length_problems(given.max_length, model_config)
+    for name in ("bf16", "fp16"):
+        if getattr(given, name) and ds is not None and ds.precision not in ("auto", name):
+            problems.append(
+                f'--{name}: the precision of {ds.path} is {ds.precision}; set {name}.enabled to true or "auto" there, '
+                f"or drop --{name}"
+            )
+    if given.dataset_streaming and given.max_steps <= 0:
+        problems.append("--dataset_streaming: the number of rows is not known then; set --max_steps")
+    try:
+        parse_size(given.export_max_shard_size)
+    except ValueError as error:
+        problems.append(f"--export_max_shard_size {error}")
+    return problems
+
+
+def resume_value(value: str | None) -> bool | str | None:
+    """What HF calls ``resume_from_checkpoint``: True is the last checkpoint of the output folder."""
+    return True if str(value).lower() == "true" else None if str(value).lower() in ("none", "false") else value
+
+
+def describe(ds: Any) -> str:
+    """The layout in one line."""
+    from moe_models.layout import Layout
+
+    name = Layout(WORLD_SIZE, ds.ep_size, ds.tp_size, ds.sp_size).describe(ds.zero_stage)
+    return f"{name}  ({ds.path})"
