@@ -5,6 +5,7 @@
 #   ./run.sh finetune ARGS...    recipes/finetune.py under the deepspeed launcher (GPUS=4 ./run.sh finetune ... for four)
 #   ./run.sh upcycle ARGS...     dense model -> Mixture of Experts
 #   ./run.sh export ARGS...      DeepSpeed checkpoint -> Hugging Face folder
+#   ./run.sh check ARGS...       what a layout would do: the grid, the bytes, every error and warning (seconds, no GPU)
 #   ./run.sh report ARGS...      HTML page: which token goes to which expert on which GPU, and what imbalance costs
 #   ./run.sh test [ARGS...]      lint, types and tests (ARGS go to pytest)
 #
@@ -29,11 +30,11 @@ install() { # install MARK REQUIREMENTS...: once per content of the requirement 
 verb=${1:-quickstart}
 [ $# -gt 0 ] && shift
 case $verb in
-quickstart | finetune | upcycle | export | report | test) ;;
--h | --help | help) sed -n '2,11p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
+quickstart | finetune | upcycle | export | check | report | test) ;;
+-h | --help | help) sed -n '2,12p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
 -*) set -- "$verb" "$@" && verb=quickstart ;;
 *)
-  echo "error: ./run.sh $verb: no such verb; one of finetune, upcycle, export, report, test, or nothing for the quickstart" >&2
+  echo "error: ./run.sh $verb: no such verb; one of finetune, upcycle, export, check, report, test, or none (quickstart)" >&2
   exit 2
   ;;
 esac
@@ -56,7 +57,7 @@ finetune)
   gpus=${GPUS:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
   exec "$venv/bin/deepspeed" --quiet --num_gpus "$gpus" "$here/recipes/finetune.py" "$@"
   ;;
-upcycle | export)
+upcycle | export | check)
   exec "$python" "$here/recipes/$verb.py" "$@"
   ;;
 report)

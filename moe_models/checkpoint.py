@@ -38,6 +38,7 @@ from moe_models.hf_folder import (
     save_companions,
     tied_names,
 )
+from moe_models.tp_shards import join_on_rank_0, split_dimension
 
 T = TypeVar("T")
 
@@ -75,7 +76,8 @@ class EngineSource:
     """Tensors of a live DeepSpeed engine; every rank must make the same calls in the same order (collective).
 
     Works for AutoEP and native blocks at any EP size and for plain HF blocks, under ZeRO 0 to 3. ZeRO-3 partitions are
-    gathered one tensor at a time; experts then travel from the EP group of rank 0 to rank 0.
+    gathered one tensor at a time; experts then travel from the EP group of rank 0 to rank 0, and tensor-parallel shards
+    from its TP group.
 
     :attr:`fingerprints` fills on the writing rank: one number per tensor, for experts ``{block}.experts.{e}.{gate|up|
     down}``. Spread experts are read by the rank that owns them, before they travel, under the number by which its
@@ -112,6 +114,9 @@ class EngineSource:
         tensor = self._tensors[name]
         self._unasked.pop(name, None)
         with self._gather(tensor):
+            dimension = split_dimension(tensor)
+            if dimension is not None:
+                return join_on_rank_0(tensor.detach(), dimension)
             return tensor.detach().to("cpu", copy=True) if is_writer() else None
 
     def dense(self, name: str) -> torch.Tensor | None:

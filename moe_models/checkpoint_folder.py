@@ -3,7 +3,8 @@
 Layouts, as DeepSpeed 0.19.8 writes them under ``global_step<N>/``:
 
 - ZeRO 0-2: ``mp_rank_00_model_states.pt`` holds every tensor but AutoEP's experts; each of those is a file
-  ``layer_<moe layer>_expert_<e>_mp_rank_00_model_states.pt`` with w1, w2, w3.
+  ``layer_<moe layer>_expert_<e>_mp_rank_00_model_states.pt`` with w1, w2, w3. With tensor parallelism there is one
+  ``mp_rank_<t>`` for each peer, with its shards, and an expert lies under the number of a peer that holds it.
 - Native layers (ZeRO 1-2): the same, with the tensors of one expert module in each file; the layers count MoE blocks.
 - ZeRO-3: ``zero_pp_rank_<r>_mp_rank_00_model_states.pt`` holds names and shapes, and the weights lie as fp32 partitions
   in ``*zero_pp_rank_<r>_mp_rank_00_optim_states.pt``: per group one flat tensor, the partitions of its parameters one
@@ -15,7 +16,6 @@ asked for come into memory (as pages of the file, which the kernel may drop agai
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch
 from moe_models.checkpoint import _split_fused
 from moe_models.errors import UserError
 from moe_models.families import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, NATIVE_ROUTER, Family
+from moe_models.tp_shards import join_saved
 
 
 def load_states(path: Path) -> dict[str, Any]:
@@ -89,10 +90,15 @@ class FolderSource:
     def __init__(self, checkpoint: Path, family: Family) -> None:
         self._step = find_step_folder(checkpoint)
         self._family = family
-        if any(re.search(r"mp_rank_(?!00_)\d+_", p.name) for p in self._step.glob("*model_states.pt")):
-            raise UserError(f"{self._step}: was saved with tensor parallelism, which this export cannot join yet")
+        if any(self._step.glob("zero_pp_rank_*_mp_rank_01_model_states.pt")):
+            raise UserError(f"{self._step}: ZeRO-3 with tensor parallelism; this export joins ZeRO 1 and 2 only")
+        self._peers = 1
         if (self._step / "mp_rank_00_model_states.pt").exists():
             self._ranks = [_load_with(self._step / "mp_rank_00_model_states.pt", "module")]
+            self._peers = int(self._ranks[0].get("mp_world_size") or 1)
+            files = [self._step / f"mp_rank_{peer:02d}_model_states.pt" for peer in range(self._peers)]
+            _require_files(files)
+            self._ranks += [_load_with(path, "module") for path in files[1:]]
             self._optimizers: list[dict[str, Any]] = []
         else:
             self._open_zero3()
@@ -121,7 +127,9 @@ class FolderSource:
         self._pieces = [_index_pieces(m, o) for m, o in zip(self._ranks, self._optimizers, strict=True)]
 
     def _expert_file(self, entry: Mapping[str, Any], expert: int) -> Path:
-        return self._step / f"layer_{entry['moe_layer_id']}_expert_{expert}_mp_rank_00_model_states.pt"
+        name = f"layer_{entry['moe_layer_id']}_expert_{expert}_mp_rank_{{:02d}}_model_states.pt"
+        files = [self._step / name.format(peer) for peer in range(self._peers)]
+        return next((path for path in files if path.exists()), files[0])
 
     def _check_expert_files(self) -> None:
         _require_files(
@@ -136,6 +144,8 @@ class FolderSource:
         kept: torch.Tensor = self._ranks[0]["module"][stored]
         if self._optimizers and stored in self._pieces[0]:
             return self._join(stored, 0).to(kept.dtype)
+        if self._peers > 1:
+            return join_saved(stored, [rank["module"][stored] for rank in self._ranks], self._ranks[0])
         return kept
 
     @torch.no_grad()

@@ -135,8 +135,15 @@ class Layout:
         return self._blocks(self.sp_size)
 
     def dp_groups(self) -> Groups:
-        """Groups that average dense gradients and read different data: every tp_size-th (or sp_size-th) rank."""
+        """Groups whose ranks read different data: every tp_size-th (or sp_size-th) rank."""
         return self._strides(self.tp_size * self.sp_size)
+
+    def zero_groups(self) -> Groups:
+        """Groups that average dense gradients and over which ZeRO shards the dense part: every tp_size-th rank.
+
+        They differ from ``dp_groups`` under sequence parallelism only, whose peers hold the same weights.
+        """
+        return self._strides(self.tp_size)
 
     def ep_groups(self) -> Groups:
         """Groups that share one copy of the experts and exchange tokens: neighbouring ranks."""

@@ -1,34 +1,36 @@
 """Everything that can be known to be wrong before a weight is read: from the JSON, config.json and the world size.
 
 DeepSpeed makes most of these checks too, but inside ``deepspeed.initialize``: on every rank, with a traceback, one at a
-time, after the model was loaded. Each line here names the key, its value, what is allowed and the mend. Sources, all of
-deepspeed 0.19.8: ``module_inject/auto_ep_config.py`` (``validate_autoep_config``, ``validate_autoep_post_detection``),
-``module_inject/auto_ep_folding.py`` (``validate_folding_global``), ``runtime/engine.py``
-(``_validate_zero3_moe_compatibility``), ``runtime/zero/stage_1_and_2.py`` (``_configure_moe_settings``).
+time, after the model was loaded. Each line here names the key, its value, what is allowed and the mend. Source:
+deepspeed 0.19.8, ``module_inject/auto_ep_config.py`` (``validate_autoep_config``, ``validate_autoep_post_detection``);
+``moe_models/combinations.py`` has what does not depend on the model, ``moe_models/advice.py`` what is only unwise.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_models import versions
+from moe_models.advice import warnings_for_run
+from moe_models.combinations import autoep_combination_problems, autoep_zero_problems, zero_problems
 from moe_models.config import DsConfig
 from moe_models.ds_schema import ExpertParallel, show
 from moe_models.families import FAMILIES, HAS_SELECTION_BIAS, Family, moe_blocks
 from moe_models.inputs import check_dataset_path, check_output_dir, read_model_config
 from moe_models.layout import divisors, size_problems
 from moe_models.native_checks import check_native
+from moe_models.tensor_parallel import tensor_parallel_problems
 
-__all__ = ["check_dataset_path", "check_output_dir", "check_run", "read_model_config", "warnings_for_run"]
+__all__ = [
+    "check_dataset_path",
+    "check_output_dir",
+    "check_run",
+    "length_problems",
+    "read_model_config",
+    "warnings_for_run",
+]
 
-TESTED_DEEPSPEED = ("0.19.8",)
-"""DeepSpeed versions the tests ran with."""
-TESTED_TRANSFORMERS = ("5.17.0", "5.20.2")
-"""transformers versions AutoEP was run with."""
 _EXPERT_COUNT_KEYS = {family.num_experts_key for family in FAMILIES.values()} | {"moe_num_experts", "num_moe_experts"}
 _SIZE_NAMES = {
     "ep_size": "expert_parallel.autoep_size",
@@ -45,80 +47,30 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
     names = _SIZE_NAMES if ds.moe.layer is None else {**_SIZE_NAMES, "ep_size": "moe.layer.ep_size"}
     problems = size_problems(world_size, ds.ep_size, ds.tp_size, ds.sp_size, names=names)
     problems += _batch_problems(ds, world_size)
-    problems += _zero_problems(ds)
+    problems += zero_problems(ds)
     problems += _balance_problems(ds, model_config)
+    problems += tensor_parallel_problems(ds, model_config)
+    if ds.expert_parallel is None and ds.moe.layer is None and model_config.get("model_type") not in FAMILIES:
+        problems.append(
+            f"model_type = {show(model_config.get('model_type'))}: known are {', '.join(sorted(FAMILIES))}; turn a "
+            "dense model into one of them with recipes/upcycle.py"
+        )
     if ds.expert_parallel is not None:
         problems += _model_problems(ds.expert_parallel, model_config, world_size)
-        problems += _autoep_zero_problems(ds)
-        problems += _autoep_combination_problems(ds, ds.expert_parallel)
-        problems += _version_problems()
+        problems += autoep_zero_problems(ds)
+        problems += autoep_combination_problems(ds, ds.expert_parallel)
+        problems += versions.version_problems()
     if ds.moe.layer is not None:
         problems += check_native(ds, ds.moe.layer, model_config, world_size)
     return problems
 
 
-def warnings_for_run(
-    ds: DsConfig,
-    model_config: Mapping[str, Any],
-    world_size: int,
-    gpus_per_node: int | None = None,
-    *,
-    on_gpu: bool = False,
-) -> list[str]:
-    """One line for each thing that works but is probably not meant, that nobody has tested, or that fails on some GPUs.
-
-    ``gpus_per_node`` None leaves out what depends on it; ``on_gpu`` False leaves out what only GPU processes need.
-    """
-    lines: list[str] = []
-    params = ds.raw.get("optimizer", {}).get("params", {})
-    kind = str(ds.raw.get("optimizer", {}).get("type", "")).lower()
-    compiler = shutil.which("nvcc") or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if on_gpu and kind in ("adam", "adamw") and not params.get("torch_adam") and compiler is None:
-        lines.append(
-            f"optimizer.type = {show(ds.raw['optimizer']['type'])}: DeepSpeed compiles its fused kernel at the first "
-            'start, and there is no nvcc; install the CUDA toolkit, or set "torch_adam": true, "fused": true in '
-            "optimizer.params"
-        )
-    balance, model_type = ds.moe.balance, model_config.get("model_type")
-    if balance and balance.bias_update_rate and model_type not in HAS_SELECTION_BIAS:
-        lines.append(
-            f"moe.balance.bias_update_rate = {balance.bias_update_rate}: {model_type} has no place for the bias, so "
-            "the exported model routes without it and may lose quality; the losses stay with the model, or train "
-            "deepseek_v3"
-        )
-    if ds.expert_parallel is None:
-        return lines
-    ep = ds.ep_size
-    if ep == 1:
-        lines.append(
-            "expert_parallel.autoep_size = 1: every rank holds all experts and no token is exchanged; raise it, or "
-            "remove expert_parallel"
-        )
-    if gpus_per_node and world_size > gpus_per_node and gpus_per_node % ep:
-        inside = [size for size in divisors(gpus_per_node) if size <= ep]
-        lines.append(
-            f"expert_parallel.autoep_size = {ep}: EP groups cross nodes of {gpus_per_node} GPUs, so every MoE layer's "
-            f"dispatch and combine go over the network; inside a node: {inside}"
-        )
-    top_k, own = ds.expert_parallel.top_k, model_config.get("num_experts_per_tok")
-    if top_k != "auto" and own is not None and top_k != own:
-        lines.append(
-            f"expert_parallel.top_k = {top_k} replaces the model's num_experts_per_tok = {own}, also in evaluation; "
-            "the exported config.json keeps its own"
-        )
-    for package, tested in (("deepspeed", TESTED_DEEPSPEED), ("transformers", TESTED_TRANSFORMERS)):
-        version = installed_version(package)
-        if version is not None and version not in tested:
-            lines.append(f"{package} {version} is untested with expert_parallel; tested: {', '.join(tested)}")
-    return lines
-
-
-def installed_version(package: str) -> str | None:
-    """Version of an installed package, from its metadata (nothing is imported), or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def length_problems(max_length: int | None, model_config: Mapping[str, Any]) -> list[str]:
+    """A line if ``--max_length`` is longer than the model's context."""
+    context = model_config.get("max_position_embeddings")
+    if max_length and context and max_length > context:
+        return [f"--max_length {max_length}: longer than the model's context; use at most {context}"]
+    return []
 
 
 def _batch_problems(ds: DsConfig, world_size: int) -> Iterator[str]:
@@ -131,21 +83,6 @@ def _batch_problems(ds: DsConfig, world_size: int) -> Iterator[str]:
                 f"train_batch_size = {train}: must be micro batch {micro} x accumulation {steps} x {replicas} "
                 f'data-parallel ranks = {micro * steps * replicas}; write "auto" to have it computed'
             )
-
-
-def _zero_problems(ds: DsConfig) -> Iterator[str]:
-    """What DeepSpeed refuses under ZeRO with or without experts."""
-    zero = ds.raw.get("zero_optimization", {})
-    if zero.get("legacy_stage1"):
-        yield "zero_optimization.legacy_stage1 = true: DeepSpeed no longer has it; remove the key"
-    if ds.zero_stage == 3 and zero.get("elastic_checkpoint"):
-        yield "zero_optimization.elastic_checkpoint = true: not supported with stage 3; remove the key"
-    if ds.zero_stage == 3 and zero.get("reduce_scatter", True):
-        for key, needed in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
-            if ds.raw.get(key, needed) != needed:
-                yield f"{key} = {show(ds.raw[key])}: must be {show(needed)} with ZeRO stage 3; remove the key"
-    if ds.zero_stage == 3 and ds.raw.get("gradient_allreduce_op") == "sum":
-        yield 'gradient_allreduce_op = "sum": not supported with ZeRO stage 3; remove the key'
 
 
 def _model_problems(experts: ExpertParallel, config: Mapping[str, Any], world_size: int) -> Iterator[str]:
@@ -185,6 +122,34 @@ def _model_problems(experts: ExpertParallel, config: Mapping[str, Any], world_si
 
 
 def _routing_problems(experts: ExpertParallel, config: Mapping[str, Any], count: int) -> Iterator[str]:
+    """Routing that cannot be, or that the exported model would not do, because its class reads its config.json."""
+    impossible = list(_impossible_routing(experts, config, count))
+    if impossible:
+        yield from impossible
+        return
+    for key, own, default in (
+        ("top_k", "num_experts_per_tok", "auto"),
+        ("num_expert_groups", "n_group", None),
+        ("num_limited_groups", "topk_group", None),
+    ):
+        value = getattr(experts, key)
+        if value not in (default, config.get(own)):
+            where = f"{own} = {show(config[own])}" if own in config else f"no {own}"
+            yield (
+                f"expert_parallel.{key} = {value}: config.json has {where}, and the exported model routes by that; "
+                f"{'change it there before training, or ' if own in config else ''}remove the key"
+            )
+    fields = type(experts).model_fields
+    for key in ("score_func", "score_apply", "route_norm", "route_scale", "routed_scaling_factor", "expert_activation"):
+        value, default = getattr(experts, key), fields[key].default
+        if value != default:
+            yield (
+                f"expert_parallel.{key} = {show(value)}: the exported model would not know of it and compute another "
+                "function; remove the key, the model's own is found from its config.json"
+            )
+
+
+def _impossible_routing(experts: ExpertParallel, config: Mapping[str, Any], count: int) -> Iterator[str]:
     if experts.top_k != "auto" and not 1 <= experts.top_k <= count:
         yield f'expert_parallel.top_k = {experts.top_k}: must be 1 to {count} (the experts), or "auto" for the model\'s'
     groups = experts.num_expert_groups or config.get("n_group")
@@ -210,47 +175,6 @@ def _preset_problems(experts: ExpertParallel, family: Family) -> Iterator[str]:
         )
 
 
-def _autoep_zero_problems(ds: DsConfig) -> list[str]:
-    """AutoEP with each ZeRO stage, and with the optimizer."""
-    zero = ds.raw.get("zero_optimization", {})
-    stage, key = ds.zero_stage, "zero_optimization."
-    hpz = zero.get("zero_hpz_partition_size", 1)
-    rules = (
-        (
-            stage == 0,
-            "expert_parallel with zero_optimization.stage = 0: DeepSpeed 0.19.8 then clips with a wrong gradient norm "
-            "(3.8% too low in fp32, without the experts in bf16); set stage to 1, 2 or 3",
-        ),
-        (
-            stage in (1, 2) and not isinstance(ds.raw.get("optimizer"), dict),
-            "expert_parallel without an optimizer section: at ZeRO stage 1 and 2 DeepSpeed refuses an optimizer "
-            "that it did not build itself; copy the optimizer section of ds_configs/zero1_ep2.json",
-        ),
-        (
-            stage in (1, 2) and not zero.get("reduce_scatter", True),
-            f"{key}reduce_scatter = false: must be true with expert_parallel at stage 1 or 2; remove the key",
-        ),
-        (
-            stage == 2 and not zero.get("contiguous_gradients", True),
-            f"{key}contiguous_gradients = false: must be true with expert_parallel at stage 2; remove the key",
-        ),
-        (
-            stage == 3 and ds.sp_size > 1,
-            f"sequence_parallel_size = {ds.sp_size}: not supported with expert_parallel at ZeRO stage 3; use stage "
-            "1 or 2, or set it to 1",
-        ),
-        (
-            stage == 3 and bool(zero.get("zero_quantized_gradients")),
-            f"{key}zero_quantized_gradients = true: not supported with expert_parallel at stage 3; remove the key",
-        ),
-        (
-            stage == 3 and hpz > 1,
-            f"{key}zero_hpz_partition_size = {hpz}: hpZeRO is not supported with expert_parallel; remove the key",
-        ),
-    )
-    return [line for wrong, line in rules if wrong]
-
-
 def _balance_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> Iterator[str]:
     """Balancing that would do nothing, or that the model's router has no hook for."""
     balance = ds.moe.balance
@@ -271,59 +195,4 @@ def _balance_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> Iterator
         yield (
             f"moe.balance.bias_update_rate = {balance.bias_update_rate}: the router of {show(model_type)} has no "
             "selection bias without expert_parallel; add that section (autoep_size 1 will do), or remove the key"
-        )
-
-
-def _autoep_combination_problems(ds: DsConfig, experts: ExpertParallel) -> list[str]:
-    """AutoEP with other sections of the JSON, tensor parallelism above all."""
-    tensor, zero = ds.raw.get("tensor_parallel", {}), ds.raw.get("zero_optimization", {})
-    presets = [tensor.get("preset_model"), experts.preset_model]
-    offload = [
-        key for key in ("offload_optimizer", "offload_param") if (zero.get(key) or {}).get("device", "none") != "none"
-    ]
-    tp = ds.tp_size > 1
-    both = f"tensor_parallel.autotp_size = {ds.tp_size} and expert_parallel"
-    no = "not supported together;"
-    rules = (
-        (
-            bool(ds.raw.get("use_data_before_expert_parallelism")),
-            "use_data_before_expert_parallelism = true: spreads each EP group over the whole machine instead of "
-            "neighbouring ranks, which nothing in this package expects; remove the key",
-        ),
-        (
-            None not in presets and presets[0] != presets[1],
-            f"tensor_parallel.preset_model = {show(presets[0])} and expert_parallel.preset_model = {show(presets[1])} "
-            "must be the same; remove one of them",
-        ),
-        (
-            tp and experts.autoep_size == 1,
-            f"{both}.autoep_size = 1: DeepSpeed would count token gradients twice; raise autoep_size or set TP to 1",
-        ),
-        (tp and experts.async_split_plan, f"{both}.async_split_plan = true: {no} remove async_split_plan"),
-        (
-            tp and experts.combine_impl == "fused_weighted_sum",
-            f'{both}.combine_impl = "fused_weighted_sum": {no} remove combine_impl',
-        ),
-        (tp and experts.comm_backend == "deepep", f'{both}.comm_backend = "deepep": {no} remove comm_backend'),
-        (
-            tp and bool(ds.raw.get("compile", {}).get("deepcompile")),
-            f"{both} with compile.deepcompile = true: {no} set deepcompile to false",
-        ),
-        (tp and bool(offload), f"{both} with zero_optimization.{' and '.join(offload)}: {no} remove the offload"),
-    )
-    return [line for wrong, line in rules if wrong]
-
-
-def _version_problems() -> Iterator[str]:
-    version = installed_version("transformers")
-    found = re.match(r"(\d+)\.(\d+)", version or "")
-    tested = " or ".join(TESTED_TRANSFORMERS)
-    if found is None:
-        yield f"transformers {version or 'is not installed'}: expert_parallel needs it; install {tested}"
-    elif tuple(map(int, found.groups())) < (5, 0):
-        yield f"transformers {version}: expert_parallel needs the fused experts of 5.0 and later; install {tested}"
-    elif tuple(map(int, found.groups())) >= (5, 23):
-        yield (
-            f"transformers {version}: AutoEP of deepspeed 0.19.8 fails there (_CanRecordRegistry.get() takes 2 "
-            f"positional arguments but 3 were given); install {tested}"
         )

@@ -45,6 +45,7 @@ def describe_engine(engine: Any) -> dict[str, Any]:
         "zero_stage": int(engine.zero_optimization_stage()),
         "experts": "native" if blocks else "autoep" if autoep else "plain",
         "ep_size": max(ep_sizes, default=1),
+        "tp_size": max(1, engine.autotp_size()),
         "precision": str(next(p.dtype for p in engine.module.parameters())).removeprefix("torch."),
     }
 
@@ -54,7 +55,7 @@ def saved_layout(checkpoint: Path) -> dict[str, Any] | None:
     file = Path(checkpoint) / LAYOUT_FILE
     if not file.exists():
         return None
-    layout: dict[str, Any] = json.loads(file.read_text())
+    layout: dict[str, Any] = {"tp_size": 1, **json.loads(file.read_text())}
     return layout
 
 
@@ -70,6 +71,12 @@ def any_layout(family: Family) -> Iterator[None]:
         if saved is None or saved == here:
             load_own(engine, checkpoint, **options)
             return
+        if max(saved["tp_size"], here["tp_size"]) > 1:
+            raise UserError(
+                f"{checkpoint}: written by another layout ({saved}), and tensor parallelism in it or here "
+                f"(tensor_parallel.autotp_size = {here['tp_size']}): that cannot be resumed yet; go on with the layout "
+                "that wrote it, or start from its export (recipes/export.py)"
+            )
         if not dist.is_initialized() or dist.get_rank() == 0:
             logger.warning("resume: %s was written by another layout (%s); it is read into this one", checkpoint, saved)
         load_other_layout(engine, Path(checkpoint), family)

@@ -37,6 +37,7 @@ from moe_models.native import exact_routing, mean_aux_loss, native_blocks, recor
 from moe_models.proof import ExportProof, prove_folder, record_logits
 from moe_models.relayout import LAYOUT_FILE, any_layout, describe_engine
 from moe_models.routing import Routing
+from moe_models.tp_shards import count_every_expert_in_the_norm
 
 MODEL_FOLDER = "model"
 """Where ``save_model()`` without a folder puts the Hugging Face checkpoint, inside ``output_dir``."""
@@ -101,6 +102,9 @@ class MoETrainer(SFTTrainer):
         with any_layout(self.family):
             prepared = super()._prepare_for_training(*args, **kwargs)
         section = (self.accelerator.state.deepspeed_plugin.deepspeed_config or {}).get("expert_parallel") or {}
+        if self.get_tp_size() > 1:
+            count_every_expert_in_the_norm(self.model_wrapped.optimizer)
+            self._tp_size = self.get_tp_size()  # TRL counts the tokens that peers share once for each
         if section.get("enabled"):
             check_replaced(self.model, self.family, self.source_config.to_dict(), section.get("autoep_size", 1))
         ep_size = section.get("autoep_size", 1) if section.get("enabled") else 1

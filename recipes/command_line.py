@@ -36,8 +36,8 @@ def read_command_line(words: list[str], about: str = "") -> tuple[Any, ...]:
     told = tell(problems, rank=RANK)
 
     from moe_models.config import adapt_for_cpu, load_ds_config
-    from moe_models.families import FAMILIES
     from moe_models.preflight import check_run, warnings_for_run
+    from moe_models.traffic import Work
 
     parser, given, problems = parse_flags(words, about)
     ds = None
@@ -48,11 +48,6 @@ def read_command_line(words: list[str], about: str = "") -> tuple[Any, ...]:
             problems += error.problems
     if ds is not None and model_config is not None:
         problems += check_run(ds, model_config, WORLD_SIZE)
-        if model_config.get("model_type") not in FAMILIES and ds.expert_parallel is None and ds.moe.layer is None:
-            problems.append(
-                f"model_type = {model_config.get('model_type')!r}: this recipe trains {', '.join(sorted(FAMILIES))}; "
-                "turn a dense model into one of them with recipes/upcycle.py"
-            )
     problems += refused_flags(given, model_config or {}, ds)
     if problems or told or ds is None or model_config is None:
         raise UserError(problems)
@@ -80,7 +75,13 @@ def read_command_line(words: list[str], about: str = "") -> tuple[Any, ...]:
         args.eval_on_start = False
     if RANK == 0:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
-        warned = warnings_for_run(ds, model_config, WORLD_SIZE, per_node, on_gpu=not on_cpu())
+        work = Work(
+            micro_batch=args.per_device_train_batch_size,
+            length=args.max_length or model_config.get("max_position_embeddings") or 1,
+            accumulation=args.gradient_accumulation_steps,
+        )
+        gpu = not on_cpu()
+        warned = warnings_for_run(ds, model_config, WORLD_SIZE, per_node, on_gpu=gpu, work=work if gpu else None)
         notes += [f"warning: {line}" for line in warned]
         if ds.moe.layer is not None:
             notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
@@ -157,15 +158,14 @@ def parse_flags(words: list[str], about: str) -> tuple[Any, Any, list[str]]:
 def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str]:
     """Flags of TRL that this recipe cannot honour, or that cannot fit the model or the JSON."""
     from moe_models.hf_folder import parse_size
+    from moe_models.preflight import length_problems
 
     problems = []
     if given.use_peft or given.load_in_4bit or given.load_in_8bit:
         problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
     if given.trust_remote_code:
         problems.append("--trust_remote_code: not supported; every family of this recipe is part of transformers")
-    context = model_config.get("max_position_embeddings")
-    if given.max_length and context and given.max_length > context:
-        problems.append(f"--max_length {given.max_length}: longer than the model's context; use at most {context}")
+    problems += length_problems(given.max_length, model_config)
     for name in ("bf16", "fp16"):
         if getattr(given, name) and ds is not None and ds.precision not in ("auto", name):
             problems.append(

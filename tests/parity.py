@@ -63,7 +63,9 @@ def rows(count: int, seed: int = 0, vocab: int = 64) -> list[dict[str, list[int]
 
 
 def fresh_accelerate() -> None:
-    """Forget the last case's accelerate and HF-DeepSpeed state; the process group stays."""
+    """Forget the last case's accelerate, HF-DeepSpeed and tensor-parallel state; the process group stays."""
+    import sys
+
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -71,6 +73,17 @@ def fresh_accelerate() -> None:
     GradientState._reset_state()
     PartialState._reset_state()
     unset_hf_deepspeed_config()
+    # A run with tensor parallelism leaves itself in these globals, and the next engine would be one too.
+    if "deepspeed" in sys.modules:
+        from deepspeed.module_inject.layers import set_autotp_mode
+        from deepspeed.runtime.tensor_parallel import init_utils
+        from deepspeed.utils import groups
+
+        init_utils._TP_MODEL_INIT_ARGS = None
+        set_autotp_mode(training=False)
+        for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "mesh_device"):
+            setattr(groups, name, None)
+        groups.mpu = None
 
 
 def tokenizer() -> Any:

@@ -63,7 +63,10 @@ def ds_config(stage: int, ep_size: int | None, dtype: str = "float32", **zero: A
     return config
 
 
-def make_engine(source: str, stage: int, ep_size: int | None, dtype: str, frozen: str = "", **zero: Any) -> Any:
+def make_engine(
+    source: str, stage: int, ep_size: int | None, dtype: str, frozen: str = "",
+    tensor_parallel: dict[str, Any] | None = None, **zero: Any
+) -> Any:  # fmt: skip
     """An engine on this rank without a Trainer around it (quicker); the model comes in as recipes load it."""
     import deepspeed
     import torch
@@ -81,6 +84,8 @@ def make_engine(source: str, stage: int, ep_size: int | None, dtype: str, frozen
     }
     if ep_size is not None:
         config["expert_parallel"] = {"enabled": True, "autoep_size": ep_size}
+    if tensor_parallel is not None:
+        config["tensor_parallel"] = tensor_parallel
     keeper = HfDeepSpeedConfig(copy.deepcopy(config))  # from_pretrained partitions under ZeRO-3 while this lives
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     for name, parameter in model.named_parameters():
@@ -109,7 +114,9 @@ def export_engine(
     return tensors
 
 
-def export_unchanged(source: str, out: str, stage: int, ep_size: int | None, dtype: str) -> dict[str, Any]:
+def export_unchanged(
+    source: str, out: str, stage: int, ep_size: int | None, dtype: str, tensor_parallel: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Engine from ``source``, no step, export to ``out``; returns what the writing rank can say about it."""
     import torch
     from transformers import AutoConfig
@@ -117,7 +124,7 @@ def export_unchanged(source: str, out: str, stage: int, ep_size: int | None, dty
     from moe_models.checkpoint import is_writer
     from moe_models.proof import prove_folder, record_logits
 
-    engine = make_engine(source, stage, ep_size, dtype)
+    engine = make_engine(source, stage, ep_size, dtype, tensor_parallel=tensor_parallel)
     rotary = {b.dtype for n, b in engine.module.named_buffers() if n.endswith("inv_freq")}
     ids, logits = record_logits(engine, AutoConfig.from_pretrained(source).vocab_size)
     tensors = export_engine(engine, source, out)

@@ -38,7 +38,7 @@ def readme_rows() -> dict[str, list[str]]:
 
 
 def test_count() -> None:
-    assert len(FILES) == 14
+    assert len(FILES) == 19
 
 
 def test_readme_table() -> None:
@@ -48,7 +48,8 @@ def test_readme_table() -> None:
         ds, (ranks, zero, ep, _, when) = load_ds_config(path), rows[path.name]
         assert zero == str(ds.zero_stage)
         assert ep == (str(ds.ep_size) if ds.expert_parallel or ds.moe.layer else "none")
-        assert ranks == (f"multiple of {ds.ep_size}" if ds.expert_parallel or ds.moe.layer else "any")
+        least = max(ds.ep_size, ds.tp_size)
+        assert ranks == (f"multiple of {least}" if ds.expert_parallel or ds.moe.layer else "any")
         assert when
 
 
@@ -79,12 +80,12 @@ def test_readme_memory_example() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_loads_clean_and_fits_mixtral(path: Path) -> None:
     ds = load_ds_config(path)
-    name = re.fullmatch(r"zero(\d)(?:_ep(\d))?(_native)?(_capacity)?", path.stem)
+    name = re.fullmatch(r"zero(\d)(?:_ep(\d))?(?:_tp(\d))?(?:_offload)?(_native)?(_capacity)?", path.stem)
     assert name is not None
-    assert (ds.moe.layer is not None) == bool(name[3])
-    assert (ds.moe.layer is not None and ds.moe.layer.drop_tokens) == bool(name[4])
-    assert bool(ds.moe.layer and ds.moe.layer.departures()) == bool(name[4])
-    assert (ds.zero_stage, ds.ep_size) == (int(name[1]), int(name[2] or 1))
+    assert (ds.moe.layer is not None) == bool(name[4])
+    assert (ds.moe.layer is not None and ds.moe.layer.drop_tokens) == bool(name[5])
+    assert bool(ds.moe.layer and ds.moe.layer.departures()) == bool(name[5])
+    assert (ds.zero_stage, ds.ep_size, ds.tp_size) == (int(name[1]), int(name[2] or 1), int(name[3] or 1))
     assert ds.precision == "bf16"
     for copies in (1, 2):
         world_size = ds.ep_size * copies
@@ -99,10 +100,13 @@ def test_only_the_layout_differs() -> None:
         raw = read_json(path)
         raw.pop("expert_parallel", None)
         raw.pop("moe", None)
+        raw.pop("tensor_parallel", None)
         stage = raw.pop("zero_optimization")
+        offload = [key for key in ("offload_optimizer", "offload_param") if stage.pop(key, None)]
+        assert bool(offload) == ("_offload" in path.stem)
         rest.append(json.dumps(raw))  # order too: a diff of two files shows the layout only
-        same = [p for p in FILES if read_json(p)["zero_optimization"]["stage"] == stage["stage"]]
-        assert all(read_json(p)["zero_optimization"] == stage for p in same)
+        plain = read_json(FOLDER / f"zero{stage['stage']}{'_ep2' if stage['stage'] < 3 else ''}.json")
+        assert stage == plain["zero_optimization"]
     assert len(set(rest)) == 1
 
 
@@ -116,7 +120,10 @@ def test_deepspeed_accepts_it(path: Path) -> None:
     assert config.expert_parallel_config.enabled == (ds.expert_parallel is not None)
     assert config.expert_parallel_config.autoep_size == (1 if ds.moe.layer else ds.ep_size)
     for key, value in ds.raw["zero_optimization"].items():  # no value is silently dropped
-        assert getattr(config.zero_config, key.removeprefix("stage3_")) == value
+        parsed = getattr(config.zero_config, key.removeprefix("stage3_"))
+        if isinstance(value, dict):
+            parsed = {name: getattr(parsed, name) for name in value}
+        assert parsed == value
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -124,8 +131,13 @@ def test_cpu_changes_two_values_and_no_layout(path: Path) -> None:
     ds = load_ds_config(path)
     adapted, lines = adapt_for_cpu(ds.deepspeed)
     assert len(lines) == 2
-    for section in ("expert_parallel", "zero_optimization"):
+    for section in ("expert_parallel", "tensor_parallel", "zero_optimization"):
         assert adapted.get(section) == ds.deepspeed.get(section)
+
+
+def test_one_plan_for_tensor_parallelism() -> None:
+    plans = {json.dumps(read_json(p)["tensor_parallel"]) for p in FILES if "tensor_parallel" in read_json(p)}
+    assert len(plans) == 1
 
 
 def test_every_zero_value_does_something_at_its_stage() -> None:

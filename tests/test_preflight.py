@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moe_models import preflight
+from moe_models import advice, versions
 from moe_models.config import DsConfig, load_ds_config
 from moe_models.errors import UserError
 from moe_models.families import FAMILIES
@@ -19,6 +19,7 @@ from tests.tiny import TINY
 
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "num_hidden_layers": 2, "num_experts_per_tok": 2}
 DEEPSEEK = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "first_k_dense_replace": 1}
+TP = json.loads((Path(__file__).parents[1] / "ds_configs" / "zero1_ep2_tp2.json").read_text())["tensor_parallel"]
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
 
 
@@ -85,7 +86,8 @@ def test_dense_model(ds: Any) -> None:
         'expert_parallel with a dense model (model_type = "llama"): there are no experts to spread; '
     )
     assert "recipes/upcycle.py" in line
-    assert check_run(ds(None), {"model_type": "llama"}, 2) == []
+    line = one(check_run(ds(None), {"model_type": "llama"}, 2))
+    assert line.startswith('model_type = "llama": known are deepseek_v2, deepseek_v3, mixtral, ')
 
 
 def test_unknown_family(ds: Any) -> None:
@@ -174,51 +176,45 @@ def test_routing(ds: Any, ep: dict[str, Any], config: dict[str, Any], words: str
             "use_data_before_expert_parallelism = true: spreads each",
         ),
         (
-            {"preset_model": "mixtral"},
-            {},
-            {"tensor_parallel": {"autotp_size": 2, "preset_model": "llama"}},
-            'tensor_parallel.preset_model = "llama" and expert_parallel.preset_model = "mixtral" must be the same',
-        ),
-        (
             {"autoep_size": 1},
             {},
-            {"tensor_parallel": {"autotp_size": 2}},
+            {"tensor_parallel": TP},
             "tensor_parallel.autotp_size = 2 and expert_parallel.autoep_size = 1: DeepSpeed would count token",
         ),
         (
             {"async_split_plan": True},
             {},
-            {"tensor_parallel": {"autotp_size": 2}},
+            {"tensor_parallel": TP},
             "tensor_parallel.autotp_size = 2 and expert_parallel.async_split_plan = true: not supported together;",
         ),
         (
             {"combine_impl": "fused_weighted_sum"},
             {},
-            {"tensor_parallel": {"autotp_size": 2}},
+            {"tensor_parallel": TP},
             'tensor_parallel.autotp_size = 2 and expert_parallel.combine_impl = "fused_weighted_sum": not supported',
         ),
         (
             {"comm_backend": "deepep", "comm_max_tokens_per_rank": 4096},
             {},
-            {"tensor_parallel": {"autotp_size": 2}},
+            {"tensor_parallel": TP},
             'tensor_parallel.autotp_size = 2 and expert_parallel.comm_backend = "deepep": not supported together;',
         ),
         (
             {},
             {},
-            {"tensor_parallel": {"autotp_size": 2}, "compile": {"deepcompile": True}},
+            {"tensor_parallel": TP, "compile": {"deepcompile": True}},
             "tensor_parallel.autotp_size = 2 and expert_parallel with compile.deepcompile = true: not supported",
         ),
         (
             {},
             {"offload_optimizer": {"device": "cpu"}},
-            {"tensor_parallel": {"autotp_size": 2}},
+            {"tensor_parallel": TP},
             "tensor_parallel.autotp_size = 2 and expert_parallel with zero_optimization.offload_optimizer: not",
         ),
         (
             {},
             {},
-            {"tensor_parallel": {"autotp_size": 2}, "sequence_parallel_size": 2},
+            {"tensor_parallel": TP, "sequence_parallel_size": 2},
             "tensor_parallel.autotp_size = 2 and sequence_parallel_size = 2: DeepSpeed takes tensor or sequence",
         ),
         (None, {"legacy_stage1": True}, {}, "zero_optimization.legacy_stage1 = true: DeepSpeed no longer has it"),
@@ -280,9 +276,52 @@ def test_bias_that_export_cannot_hold_is_said_before_training(ds: Any) -> None:
     assert warnings_for_run(ds({}, moe={"balance": {"bias_update_rate": 0.01}}), DEEPSEEK, 2) == []
 
 
+@pytest.mark.parametrize(
+    ("model_type", "tensor", "other", "words"),
+    [
+        ("mixtral", TP, {}, None),
+        ("qwen3_moe", TP, {}, None),
+        ("qwen2_moe", TP, {}, None),
+        ("olmoe", TP, {}, "autotp_size = 2 with model_type = olmoe: it normalises queries and keys over all heads"),
+        ("deepseek_v2", TP, {}, "its latent attention shares one rotary key"),
+        ("deepseek_v3", TP, {}, "its latent attention shares one rotary key"),
+        ("mixtral", {**TP, "autotp_size": 4}, {}, "autotp_size = 4 does not divide the model's 2 key-value heads; use"),
+        ("mixtral", {"autotp_size": 2}, {}, "autotp_size = 2 needs partition_config.layer_specs and no preset_model"),
+        ("mixtral", {**TP, "preset_model": "mixtral"}, {}, "needs partition_config.layer_specs and no preset_model"),
+        ("mixtral", TP, {"zero_optimization": {"stage": 3}}, "with ZeRO stage 3: transformers cannot load MoE weights"),
+        ("mixtral", TP, {"moe": {"balance": {}}}, "autotp_size = 2 with moe.balance: not tested together; remove one"),
+        ("mixtral", TP, {"expert_parallel": None}, "autotp_size = 2 without expert_parallel: not tested here; add"),
+        ("mixtral", [".*lm_head.*"], {}, "layer_specs split lm_head.weight, but each rank needs the whole"),
+        ("mixtral", [".*nothing"], {}, "layer_specs split no attention, so that tensor parallelism would do nothing"),
+        ("mixtral", [r".*q_proj\.weight"], {}, "must make q_proj column, k_proj column, v_proj column, o_proj row;"),
+        ("qwen3_moe", [r".*\.mlp\.up_proj\.weight"], {}, "must make gate_proj column, up_proj column, down_proj row;"),
+        ("qwen3_moe", [".*nothing"], {}, 'must have "grad_allreduce": true for q_norm and k_norm, which see one'),
+    ],
+)
+def test_tensor_parallel(ds: Any, model_type: str, tensor: Any, other: dict[str, Any], words: str | None) -> None:
+    if isinstance(tensor, list):
+        specs = [{"patterns": tensor, "partition_type": "column"}]
+        tensor = {"autotp_size": 2, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
+    zero = other.pop("zero_optimization", {})
+    ep = other.pop("expert_parallel", {})
+    problems = check_run(
+        ds(ep, zero, tensor_parallel=tensor, **other), {"model_type": model_type, **TINY[model_type]}, 4
+    )
+    if words is None:
+        assert problems == []
+    else:
+        assert any(words in line for line in problems), problems
+
+
+def test_presets_of_the_two_kinds_of_parallelism_must_agree(ds: Any) -> None:
+    problems = check_run(ds({"preset_model": "mixtral"}, tensor_parallel={**TP, "preset_model": "llama"}), MIXTRAL, 4)
+    words = 'tensor_parallel.preset_model = "llama" and expert_parallel.preset_model = "mixtral" must be the same'
+    assert any(line.startswith(words) for line in problems)
+
+
 def test_batch_size_counts_tensor_parallel_peers_once(ds: Any) -> None:
     batch = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
-    assert check_run(ds({}, tensor_parallel={"autotp_size": 2}, **batch), MIXTRAL, 4) == []
+    assert check_run(ds({}, tensor_parallel=TP, **batch), MIXTRAL, 4) == []
 
 
 def test_client_optimizer_is_fine_at_stage_3(ds: Any) -> None:
@@ -304,14 +343,14 @@ def test_all_at_once(ds: Any) -> None:
     ],
 )
 def test_transformers_version(ds: Any, monkeypatch: pytest.MonkeyPatch, version: str | None, words: str) -> None:
-    monkeypatch.setattr(preflight, "installed_version", lambda _: version)
+    monkeypatch.setattr(versions, "installed_version", lambda _: version)
     assert one(check_run(ds({}), MIXTRAL, 2)).startswith(words)
     assert check_run(ds(None), MIXTRAL, 2) == []  # the baseline does not use AutoEP
 
 
 @pytest.mark.parametrize("version", ["5.0.0", "5.17.0", "5.20.2", "5.22.1"])
 def test_transformers_versions_that_are_not_refused(ds: Any, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr(preflight, "installed_version", lambda _: version)
+    monkeypatch.setattr(versions, "installed_version", lambda _: version)
     assert check_run(ds({}), MIXTRAL, 2) == []
 
 
@@ -372,13 +411,43 @@ def test_ep_across_nodes(ds: Any) -> None:
     assert warnings_for_run(ds({"autoep_size": 8}), MIXTRAL, 16) == []
 
 
-def test_top_k_that_differs(ds: Any) -> None:
-    line = one(warnings_for_run(ds({"top_k": 1}), MIXTRAL, 2))
-    assert line.startswith("expert_parallel.top_k = 1 replaces the model's num_experts_per_tok = 2")
+@pytest.mark.parametrize(
+    ("ep", "config", "words"),
+    [
+        ({"top_k": 2}, MIXTRAL, None),
+        ({"num_expert_groups": 2, "num_limited_groups": 1}, {"model_type": "deepseek_v3", **TINY["deepseek_v3"]}, None),
+        ({"route_scale": 1.0, "score_func": "auto"}, MIXTRAL, None),
+        (
+            {"top_k": 1},
+            MIXTRAL,
+            "expert_parallel.top_k = 1: config.json has num_experts_per_tok = 2, and the exported model routes by "
+            "that; change it there before training, or remove the key",
+        ),
+        (
+            {"num_expert_groups": 2, "num_limited_groups": 2},
+            {"model_type": "deepseek_v3", **TINY["deepseek_v3"]},
+            "expert_parallel.num_limited_groups = 2: config.json has topk_group = 1, and the exported model routes by",
+        ),
+        ({"route_norm": False}, MIXTRAL, "expert_parallel.route_norm = false: the exported model would not know of it"),
+        ({"route_scale": 2.0}, MIXTRAL, "expert_parallel.route_scale = 2.0: the exported model would not know of it"),
+        ({"score_func": "sigmoid"}, MIXTRAL, 'expert_parallel.score_func = "sigmoid": the exported model would not'),
+    ],
+)
+def test_routing_that_the_exported_model_would_not_do(
+    ds: Any, ep: dict[str, Any], config: dict[str, Any], words: str | None
+) -> None:
+    problems = check_run(ds(ep), config, 2)
+    assert problems == [] if words is None else one(problems).startswith(words)
+
+
+def test_group_limits_of_a_model_without_groups(ds: Any) -> None:
+    problems = check_run(ds({"num_expert_groups": 2, "num_limited_groups": 1}), MIXTRAL, 2)
+    assert len(problems) == 2
+    assert problems[0].startswith("expert_parallel.num_expert_groups = 2: config.json has no n_group, and the exported")
 
 
 def test_untested_versions(ds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "installed_version", {"deepspeed": "0.20.0", "transformers": "5.22.0"}.get)
+    monkeypatch.setattr(versions, "installed_version", {"deepspeed": "0.20.0", "transformers": "5.22.0"}.get)
     assert warnings_for_run(ds({}), MIXTRAL, 2) == [
         "deepspeed 0.20.0 is untested with expert_parallel; tested: 0.19.8",
         "transformers 5.22.0 is untested with expert_parallel; tested: 5.17.0, 5.20.2",
@@ -388,7 +457,7 @@ def test_untested_versions(ds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_cuda_compiler(ds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(preflight.shutil, "which", lambda _: None)
+    monkeypatch.setattr(advice.shutil, "which", lambda _: None)
     line = one(warnings_for_run(ds(None), MIXTRAL, 2, on_gpu=True))
     assert line.startswith(
         'optimizer.type = "AdamW": DeepSpeed compiles its fused kernel at the first start, and there is'
@@ -402,8 +471,8 @@ def test_no_cuda_compiler(ds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_installed_version() -> None:
-    assert preflight.installed_version("pytest") == pytest.__version__
-    assert preflight.installed_version("no-such-package-here") is None
+    assert versions.installed_version("pytest") == pytest.__version__
+    assert versions.installed_version("no-such-package-here") is None
 
 
 # -------------------------------------------------------------------------- inputs
