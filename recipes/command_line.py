@@ -189,7 +189,9 @@ def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str
     if given.use_peft or given.load_in_4bit or given.load_in_8bit:
         problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
     if given.trust_remote_code:
-        problems.append("--trust_remote_code: not supported; every family of this recipe is part of transformers")
+        problems.append(
+            "--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"
+        )
     context = model_config.get("max_position_embeddings")
     if given.max_length and context and given.max_length > context:
         problems.append(f"--max_length {given.max_length}: longer than the model's context; use at most {context}")

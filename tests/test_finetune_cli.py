@@ -254,7 +254,7 @@ FLAG_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "remote code": (
         {"trust_remote_code": True},
-        ["--trust_remote_code: not supported; every family of this recipe is part of transformers"],
+        ["--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"],
     ),
     "shard size": (
         {"export_max_shard_size": "5 apples"},

@@ -143,6 +143,28 @@ def test_training_equals_one_process(
     check_case(clusters(world_size), references, checkpoints(k), tmp_path, config, accumulation)
 
 
+def groups_of_parameters(source: str, out: str, config: dict[str, Any]) -> dict[str, str | None]:
+    """Name -> EP group of every parameter, from the optimizer that DeepSpeed built."""
+    trainer = parity.build_trainer(source, out, config, max_steps=1)
+    trainer.train()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    optimizer = trainer.model_wrapped.optimizer
+    return {
+        names[id(parameter)]: group["name"] if group.get("moe") else None
+        for parameters, group in zip(optimizer.bit16_groups, optimizer.param_groups, strict=True)
+        for parameter in parameters
+    }
+
+
+def test_parameter_groups(clusters: Clusters, checkpoints: Callable[[int], Path], tmp_path: Path) -> None:
+    """Experts, and neither the residual MLP nor the router, are in the group whose gradients are reduced over EDP."""
+    config = native_config(1, 2)
+    for groups in clusters(2).run(groups_of_parameters, str(checkpoints(1)), str(tmp_path), config):
+        assert groups == {name: "ep_size_2" if ".deepspeed_experts." in name else None for name in groups}
+        assert sum(group is not None for group in groups.values()) == 3 * (2 + 4), "each rank has half of 4 and of 8"
+        assert sum(".moe.mlp." in name or ".coefficient." in name for name in groups) == 2 * (3 + 2)
+
+
 def train_without_bias(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """A fault: the bias of the coefficient is lost on the way into the native layer."""
     from torch import nn
