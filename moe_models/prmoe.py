@@ -52,6 +52,8 @@ class PRMoEConfig(MixtralConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.router_jitter_noise:
+            raise ValueError("router_jitter_noise: prmoe has none; set it to 0")
         counts, layers = self.num_local_experts, self.num_hidden_layers
         each = counts if isinstance(counts, list) else [counts] * layers
         if len(each) != layers or not all(isinstance(n, int) and n >= self.num_experts_per_tok for n in each):
@@ -62,12 +64,15 @@ class PRMoEConfig(MixtralConfig):  # type: ignore[misc]
 
 
 class PRMoERouter(MixtralTopKRouter):  # type: ignore[misc]
-    """Softmax over all experts and the k largest; normalised to their sum if there is more than one."""
+    """Softmax over all experts and the k largest; normalised to their sum if there is more than one.
+
+    In fp32 whatever the model's dtype, as DeepSpeed's gate, so that native layers choose the same experts.
+    """
 
     def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[..., D] -> logits [T, E], weights [T, K], experts [T, K]"""
-        logits_TE = nn.functional.linear(x_BTD.reshape(-1, self.hidden_dim), self.weight)
-        weights_TK, experts_TK = logits_TE.float().softmax(-1).topk(self.top_k, dim=-1)
+        logits_TE = nn.functional.linear(x_BTD.reshape(-1, self.hidden_dim).float(), self.weight.float())
+        weights_TK, experts_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
         if self.top_k > 1:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         return logits_TE, weights_TK, experts_TK

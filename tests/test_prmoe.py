@@ -193,14 +193,16 @@ def test_a_planted_fault_is_seen(
         check_case(clusters(2), references, checkpoints(1), tmp_path, native_config(1, 2), 1, run=train_without_bias)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_live_and_offline_exports_are_the_same_files(
-    clusters: Clusters, checkpoints: Callable[[int], Path], tmp_path: Path
+    dtype: str, clusters: Clusters, checkpoints: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    out, source = tmp_path / "out", checkpoints(1)
-    config = {**native_config(2, 2), "bf16": {"enabled": False}}
-    proof = clusters(2).run(roundtrip.train_and_export, str(source), str(out), config, use_cpu=True)[0]
+    out, source, bf16 = tmp_path / "out", checkpoints(1), dtype == "bfloat16"
+    config = {**native_config(2, 2), "bf16": {"enabled": bf16}}
+    proof = clusters(2).run(roundtrip.train_and_export, str(source), str(out), config, use_cpu=True, bf16=bf16)[0]
     assert proof.equal_tensors == len(roundtrip.load_tensors(source)) == len(roundtrip.load_tensors(out / "model"))
     assert_offline_equals_live(out)
+    assert proof.same_top1 == 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
