@@ -126,8 +126,8 @@ LAYOUT_CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], str]] = {
     ),
     "unknown family without expert parallelism": (
         {"expert_parallel": None}, 2, {"model_type": "llama"},
-        "model_type = 'llama': this recipe trains deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe; turn "
-        "a dense model into one of them with recipes/upcycle.py",
+        "model_type = 'llama': this recipe trains deepseek_v2, deepseek_v3, mixtral, olmoe, prmoe, qwen2_moe, "
+        "qwen3_moe; turn a dense model into one of them with recipes/upcycle.py",
     ),
     "unfilled auto": (
         {"expert_parallel": {"autoep_size": "auto"}}, 2, {},
