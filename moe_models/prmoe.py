@@ -132,7 +132,15 @@ class PRMoEDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class PRMoEModel(MixtralModel):  # type: ignore[misc]
+class _FusedExperts:
+    """Lets transformers take its grouped experts: it looks for their decorator in the source file of the model."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+
+class PRMoEModel(_FusedExperts, MixtralModel):  # type: ignore[misc]
     """Mixtral's decoder with these layers."""
 
     config_class = PRMoEConfig
@@ -146,7 +154,7 @@ class PRMoEModel(MixtralModel):  # type: ignore[misc]
         self.post_init()
 
 
-class PRMoEForCausalLM(MixtralForCausalLM):  # type: ignore[misc]
+class PRMoEForCausalLM(_FusedExperts, MixtralForCausalLM):  # type: ignore[misc]
     """Language model. Its auxiliary loss is the mean over layers of Mixtral's; balanced, each is top-k."""
 
     config_class = PRMoEConfig

@@ -143,6 +143,12 @@ def test_training_equals_one_process(
     check_case(clusters(world_size), references, checkpoints(k), tmp_path, config, accumulation)
 
 
+def test_training_of_the_plain_class_under_zero3_equals_one_process(
+    clusters: Clusters, checkpoints: Callable[[int], Path], references: Callable[..., Any], tmp_path: Path,  # noqa: F811
+) -> None:  # fmt: skip
+    check_case(clusters(2), references, checkpoints(1), tmp_path, parity.ds_config(3, None), 1)
+
+
 def groups_of_parameters(source: str, out: str, config: dict[str, Any]) -> dict[str, str | None]:
     """Name -> EP group of every parameter, from the optimizer that DeepSpeed built."""
     trainer = parity.build_trainer(source, out, config, max_steps=1)
