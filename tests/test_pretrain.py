@@ -91,7 +91,7 @@ def test_resumed_equals_uninterrupted_and_finetune_goes_on(
     config.write_text(json.dumps({**TINY["mixtral"], **changes}))
 
     def run(out: str, **more: Any) -> dict[str, Any]:
-        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **more}
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-3, **more}
         arguments = flags(config, *inputs[1:], "zero1_ep2_native", tmp_path / out, **options)
         return clusters(2).run(pretrain_in_cluster, arguments)[0]
 
@@ -102,6 +102,15 @@ def test_resumed_equals_uninterrupted_and_finetune_goes_on(
     after, whole = (curve(result, "loss", "grad_norm") for result in (resumed, straight))
     assert {step: after[step] for step in (3, 4)} == {step: whole[step] for step in (3, 4)}
     assert largest_difference(resumed["folder"], straight["folder"]) == 0
+
+    other = json.loads((ROOT / "ds_configs" / "zero1_ep2_native.json").read_text())
+    other |= {"moe": {"layer": {"ep_size": 1}}, "zero_optimization": {"stage": 2}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    shutil.copytree(tmp_path / "straight" / "checkpoint-2", tmp_path / "relaid" / "checkpoint-2")
+    relaid = run("relaid", resume_from_checkpoint="true", deepspeed=tmp_path / "other.json")
+    for step, values in curve(relaid, "loss", "grad_norm").items():
+        assert step < 3 or values == pytest.approx(whole[step], rel=1e-5)
+    assert largest_difference(relaid["folder"], straight["folder"]) < 1e-5
 
     finetune = command(
         Path(straight["folder"]), inputs[2], ROOT / "ds_configs" / "zero1_ep2_native.json", tmp_path / "finetuned",

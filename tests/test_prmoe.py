@@ -22,6 +22,7 @@ from moe_models.native import native_blocks, register_deepspeed_moe
 from moe_models.preflight import check_run
 from tests import parity, roundtrip
 from tests.cluster import Cluster
+from tests.report import recipe
 from tests.test_native import native_config
 from tests.test_parity import check_case, references  # noqa: F401
 from tests.test_roundtrip import assert_offline_equals_live
@@ -259,3 +260,9 @@ def test_preflight(sections: dict[str, Any], changes: dict[str, Any], words: str
     problems = check_run(load_ds_config(write_ds(tmp_path, **sections)), {**PRMOE, **changes}, 4)
     assert len(problems) == (words is not None), problems
     assert words is None or words in problems[0]
+
+
+def test_the_routing_report_is_for_equal_layers(checkpoints: Callable[[int], Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("w5 w6")
+    with pytest.raises(UserError, match="has layers of 4 to 8 experts"):
+        recipe()["write_report"](checkpoints(1), tmp_path / "text.txt", tmp_path / "page.html")
