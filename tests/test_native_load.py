@@ -54,7 +54,10 @@ def test_counters_equal_a_recount(
     check_counters(clusters(2), tiny_checkpoints("mixtral"), tmp_path, checkpointing)
 
 
-@pytest.mark.parametrize("fault", ["recomputation counted", "no reset", "not reduced"])
+MORE = [pytest.param(fault, marks=pytest.mark.conformance) for fault in ("no reset", "not reduced")]
+
+
+@pytest.mark.parametrize("fault", ["recomputation counted", *MORE])
 def test_planted_faults_are_seen(fault: str, clusters: Clusters, tiny_checkpoints: Checkpoints, tmp_path: Path) -> None:
     run = partial(test_load_stats.train_with_fault, fault)
     with pytest.raises(AssertionError, match=r"tokens|entropy|layers|assert \[\["):
