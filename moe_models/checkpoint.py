@@ -26,6 +26,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+import moe_models.prmoe  # noqa: F401 (its class, for AutoConfig and AutoModelForCausalLM)
 from moe_models.errors import UserError
 from moe_models.families import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, Family
 from moe_models.hf_folder import (

@@ -125,10 +125,9 @@ def load_ds_config(path: str | Path) -> DsConfig:
     assert isinstance(moe, Moe)
     if moe.layer is not None:
         problems += moe.layer.conflicts()
-        if moe.balance is not None:
+        if moe.balance is not None and moe.layer.aux_loss == "layer":
             problems.append(
-                "moe.layer and moe.balance do not work together yet; balance native layers with "
-                '"aux_loss" in moe.layer, or remove one of the two sections'
+                'moe.layer.aux_loss = "layer" and moe.balance are two ways to balance the experts; remove one of them'
             )
         if isinstance(expert_parallel, ExpertParallel) and expert_parallel.enabled:
             problems.append(

@@ -46,14 +46,14 @@ class Family:
     """Key of the expert count E in the hub's config.json (transformers may write its own spelling: num_experts())."""
     expert_size_key: str
     """Key of the expert FFN size F in config.json."""
-    autoep_preset: str
-    """Name of the AutoEP preset; DeepSpeed finds it by itself, from the model type."""
+    autoep_preset: str | None
+    """Name of the AutoEP preset; DeepSpeed finds it by itself, from the model type. None: AutoEP has none."""
     hub_block: str = "mlp"
     """Name of the MoE block in the hub layout; it is ``mlp`` in every module layout."""
     hub_expert_names: Mapping[str, str]
     """Hub name of each expert projection, after ``{block}.experts.{e}.`` and before ``.weight``."""
     renames: tuple[tuple[str, str], ...] = ()
-    """AutoEP name -> module name inside the block, beyond router and experts (they differ for shared experts)."""
+    """AutoEP or native name -> module name inside the block, beyond router and experts (shared and residual ones)."""
     returns_aux_loss: bool = True
     """Whether the HF class returns ``aux_loss`` (DeepSeek's do not: they balance by bias or not at all)."""
 
@@ -63,6 +63,16 @@ class Family:
             if config.get(key) is not None:
                 return int(config[key])
         raise KeyError(self.num_experts_key)
+
+    def expert_counts(self, config: Mapping[str, Any]) -> list[int]:
+        """Expert count of each MoE block, in order. Raises KeyError, TypeError or ValueError if it cannot be told."""
+        blocks = len(list(moe_blocks(self, config)))
+        counts = config.get(self.num_experts_key)
+        if not isinstance(counts, list):
+            return [self.num_experts(config)] * blocks
+        if len(counts) != blocks:
+            raise ValueError(f"{self.num_experts_key} = {counts}: there are {blocks} MoE layers")
+        return [int(count) for count in counts]
 
     def module_to_hub(self, name: str) -> str:
         """Hub name of a tensor that is not an expert weight."""
@@ -138,6 +148,15 @@ FAMILIES: dict[str, Family] = {
             autoep_preset="deepseek_v3",
             hub_expert_names=_PROJ,
             returns_aux_loss=False,
+        ),
+        Family(
+            model_type="prmoe",  # arXiv 2201.05596; ours: moe_models/prmoe.py registers it with transformers
+            num_experts_key="num_local_experts",
+            expert_size_key="intermediate_size",
+            autoep_preset=None,
+            hub_block="block_sparse_moe",
+            hub_expert_names={"gate": "w1", "up": "w3", "down": "w2"},
+            renames=(("moe.mlp", "residual_mlp"), ("moe.coefficient", "coefficient")),
         ),
     )
 }

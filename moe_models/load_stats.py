@@ -1,12 +1,13 @@
 """How evenly tokens are spread over experts: counts of the router's choices, and the figures that follow from them.
 
-Counted is what the experts compute, hence padding too. Each rank counts on its device, without waiting for it, in one
-[L, E] tensor; ranks are summed only when somebody reads, in one all-reduce of [L, E + 2]. Training counts cover one
-optimizer step with all its micro-batches; evaluation has counts of its own.
+Counted is what the experts were chosen for, hence padding too, and what native layers then dropped. Each rank counts
+on its device, without waiting for it; ranks are summed only when somebody reads, in one all-reduce of [L, 2E + 2].
+Training counts cover one optimizer step with all its micro-batches; evaluation has counts of its own.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,13 @@ class LayerLoad:
     """Experts without a token."""
     entropy: float
     """Mean entropy of the router's probabilities over log E."""
+    dropped: list[int] | None = None
+    """Choices of each expert that found no place in it; None where the layer is not a native one."""
 
 
-def layer_load(layer: str, tokens: list[int], entropy: float, ep_size: int) -> LayerLoad:
+def layer_load(
+    layer: str, tokens: list[int], entropy: float, ep_size: int, dropped: list[int] | None = None
+) -> LayerLoad:
     """The figures of one layer from its counts. Experts are dealt to EP ranks in equal runs, as AutoEP does."""
     held = len(tokens) // ep_size
     ranks = [sum(tokens[start : start + held]) for start in range(0, len(tokens), held)]
@@ -60,6 +65,7 @@ def layer_load(layer: str, tokens: list[int], entropy: float, ep_size: int) -> L
         cv=variance**0.5 / mean if mean else 0.0,
         dead=tokens.count(0),
         entropy=entropy,
+        dropped=dropped,
     )
 
 
@@ -82,21 +88,32 @@ def overall(layers: list[LayerLoad]) -> dict[str, float]:
 class LoadStats:
     """Counters of all MoE layers of one model on this rank; a :class:`~moe_models.router_tap.RouterTap` feeds them."""
 
-    def __init__(self, layers: list[str], num_experts: int, ep_size: int, score_func: str, device: Any) -> None:
-        self._layers, self._ep_size, self._score_func = layers, ep_size, score_func
-        self._num_experts = num_experts
-        # Per layer: tokens of each expert, sum of entropies, tokens. Doubles are exact to 2^53.
+    def __init__(self, layers: list[str], experts: list[int], ep_size: int, score_func: str, device: Any) -> None:
+        self._layers, self._experts, self._ep_size, self._score_func = layers, experts, ep_size, score_func
+        self._drops = False
+        # Per layer: tokens of each expert, those dropped, sum of entropies, tokens. Doubles are exact to 2^53.
         self._sums = {
-            training: torch.zeros(len(layers), num_experts + 2, dtype=torch.float64, device=device)
+            training: torch.zeros(len(layers), 2 * max(experts) + 2, dtype=torch.float64, device=device)
             for training in (True, False)
         }
 
     @torch.no_grad()
-    def observe(self, layer: int, training: bool, logits_TE: torch.Tensor, choices_TK: torch.Tensor) -> None:
+    def observe(
+        self,
+        layer: int,
+        training: bool,
+        logits_TE: torch.Tensor,
+        choices_TK: torch.Tensor,
+        counted_2E: torch.Tensor | None = None,
+    ) -> None:
         """Count one layer of one forward pass."""
-        row = self._sums[training][layer]
-        chosen = choices_TK.reshape(-1)
-        row.scatter_add_(0, chosen.long(), torch.ones_like(chosen, dtype=row.dtype))
+        row, E = self._sums[training][layer], max(self._experts)
+        if counted_2E is None:
+            chosen = choices_TK.reshape(-1)
+            row.scatter_add_(0, chosen.long(), torch.ones_like(chosen, dtype=row.dtype))
+        else:
+            self._drops = True
+            row[: 2 * E].view(2, E)[:, : counted_2E.shape[1]] += counted_2E
         row[-2] += torch.special.entr(scores(logits_TE, self._score_func)).sum()
         row[-1] += choices_TK.shape[0]
 
@@ -106,19 +123,20 @@ class LoadStats:
 
     def counts(self, training: bool, group: Any = None) -> torch.Tensor:
         """Tokens per expert of all ranks of ``group``, [L, E]; collective."""
-        return self._reduced(training, group)[:, : self._num_experts]
+        return self._reduced(training, group)[:, : max(self._experts)]
 
     def read(self, training: bool, group: Any = None) -> list[LayerLoad]:
         """The figures of all ranks of ``group``, layer by layer, or [] if nothing was counted; collective."""
-        E = self._num_experts
         rows = self._reduced(training, group).tolist()
         if not any(row[-1] for row in rows):
             return []
-        log_E = max(float(torch.tensor(float(E)).log()), 1e-12)
-        return [
-            layer_load(name, [int(count) for count in row[:E]], row[-2] / max(row[-1], 1.0) / log_E, self._ep_size)
-            for name, row in zip(self._layers, rows, strict=True)
-        ]
+        return [self._figures(*layer) for layer in zip(self._layers, self._experts, rows, strict=True)]
+
+    def _figures(self, name: str, E: int, row: list[float]) -> LayerLoad:
+        first_dropped = max(self._experts)
+        dropped = [int(count) for count in row[first_dropped : first_dropped + E]] if self._drops else None
+        entropy = row[-2] / max(row[-1], 1.0) / max(math.log(E), 1e-12)
+        return layer_load(name, [int(count) for count in row[:E]], entropy, self._ep_size, dropped)
 
     def _reduced(self, training: bool, group: Any) -> torch.Tensor:
         sums = self._sums[training].clone()

@@ -8,6 +8,20 @@ from pydantic import Field
 
 from moe_models.ds_schema import Section, show
 
+_ARCHITECTURE = (
+    "is part of the architecture, and the exported config.json has to say it; write {} into the config.json of a model "
+    "of type prmoe (model_configs/prmoe-tiny.json), train that with recipes/pretrain.py, and remove the key here"
+)
+ELSEWHERE = {
+    "use_residual": _ARCHITECTURE.format('"use_residual"'),
+    "num_experts": _ARCHITECTURE.format('"num_local_experts" (a list is a pyramid)'),
+    "enable_expert_tensor_parallelism": (
+        "DeepSpeed reads it where an mpu splits the dense layers over ranks, to group those ranks, and splits no "
+        "expert itself; native layers run without tensor parallelism here, so that it does nothing; remove the key"
+    ),
+}
+"""Arguments of ``deepspeed.moe.layer.MoE`` that ``"moe": {"layer": ...}`` does not take: where they belong, or why."""
+
 
 class MoeLayer(Section):
     """``"moe": {"layer": {...}}``: replace the HF MoE blocks by ``deepspeed.moe.layer.MoE`` ("native" layers).
@@ -35,13 +49,24 @@ class MoeLayer(Section):
     """Top-2 only: draw the second expert at random, by its score; also in evaluation."""
     aux_loss: Literal["model", "layer"] = "model"
     """Whose load-balancing loss: the HF model's, or the mean over the layers of DeepSpeed's own ``l_aux``."""
+    use_residual: bool | None = None
+    """Refused: part of the architecture, see :data:`ELSEWHERE`."""
+    num_experts: int | list[int] | None = None
+    """Refused likewise."""
+    enable_expert_tensor_parallelism: bool | None = None
+    """Refused: see :data:`ELSEWHERE`."""
 
     def conflicts(self) -> list[str]:
-        """One line for each value that would do nothing."""
+        """One line for each value that would do nothing, or does not belong here."""
+        problems = [
+            f"moe.layer.{key} = {show(getattr(self, key))}: {why}"
+            for key, why in ELSEWHERE.items()
+            if key in self.model_fields_set
+        ]
         if self.drop_tokens:
-            return []
+            return problems
         written = ("capacity_factor", "eval_capacity_factor", "min_capacity", "use_rts")
-        return [
+        return problems + [
             f'moe.layer.{key} = {show(getattr(self, key))} does nothing without "drop_tokens": true; '
             "add that, or remove the key"
             for key in written

@@ -52,7 +52,7 @@ class SwiGLU(nn.Module):
 class NativeMoEBlock(nn.Module):
     """What stands in the place of an HF MoE block: DeepSpeed's layer, and the block's shared expert beside it.
 
-    The shared expert and its gate are the HF modules (qwen2_moe has them).
+    The shared expert and its gate are the HF modules (qwen2_moe has them); a residual MLP (prmoe) is inside the layer.
     """
 
     def __init__(self, moe: MoE, layer: MoeLayer, shared: Mapping[str, nn.Module]) -> None:
@@ -66,7 +66,7 @@ class NativeMoEBlock(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]; hands the layer's balancing loss to the recorder, if there is one."""
         router = self.moe.deepspeed_moe.gate.wg
-        if router._forward_hooks:  # HF records router logits: show them to it
+        if router._forward_hooks:  # HF records router logits, and router_tap watches them: show them
             router(x_BTD)
         try:
             y_BTD, l_aux, _ = self.moe(x_BTD)
@@ -99,11 +99,11 @@ def register_deepspeed_moe(model: Any, layer: MoeLayer, family: Family) -> Any:
     if problems:
         raise UserError(problems)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = Layout(world_size, layer.ep_size).experts_of(rank, family.num_experts(model.config.to_dict()))
+    layout, config = Layout(world_size, layer.ep_size), model.config.to_dict()
     if layer.k is not None:
         model.config.num_experts_per_tok = model.num_experts_per_tok = layer.k
-    for name in moe_blocks(family, model.config.to_dict()):
-        parent = model.get_submodule(name.rpartition(".")[0])
+    for name, E in zip(moe_blocks(family, config), family.expert_counts(config), strict=True):
+        parent, mine = model.get_submodule(name.rpartition(".")[0]), layout.experts_of(rank, E)
         setattr(parent, name.rpartition(".")[2], _native_block(model.get_submodule(name), model.config, layer, mine))
     return model
 
@@ -122,6 +122,7 @@ def _native_block(block: nn.Module, config: Any, layer: MoeLayer, mine: range) -
         capacity_factor=layer.capacity_factor,
         eval_capacity_factor=layer.eval_capacity_factor,
         min_capacity=layer.min_capacity,
+        use_residual=hasattr(block, "residual_mlp"),
         noisy_gate_policy=layer.noisy_gate_policy,
         drop_tokens=layer.drop_tokens,
         use_rts=layer.use_rts,
@@ -132,6 +133,8 @@ def _native_block(block: nn.Module, config: Any, layer: MoeLayer, mine: range) -
             expert.gate_proj.weight.copy_(gate_up_E2FD[e, :F])
             expert.up_proj.weight.copy_(gate_up_E2FD[e, F:])
             expert.down_proj.weight.copy_(down_EDF[e])
+    if moe.use_residual:
+        moe.mlp, moe.coefficient = block.residual_mlp, block.coefficient
     gate = moe.deepspeed_moe.gate
     router.top_k = k
     gate.wg = router

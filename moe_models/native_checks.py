@@ -7,11 +7,12 @@ expert groups, no sigmoid scores and no scaling factor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moe_models.ds_schema import show
-from moe_models.families import FAMILIES, Family, moe_blocks
+from moe_models.families import FAMILIES, Family
 from moe_models.layout import divisors
 from moe_models.moe_schema import MoeLayer
 
@@ -34,8 +35,10 @@ def inexpressible(layer: MoeLayer, family: Family, config: Mapping[str, Any]) ->
         return [f"moe.layer with model_type = {show(model_type)}: the layer has no {what}; {_INSTEAD}"]
     problems = []
     k = layer.k or int(config["num_experts_per_tok"])
-    experts = family.num_experts(config)
+    experts = min(family.expert_counts(config))
     normalised = model_type == "mixtral" or bool(config.get("norm_topk_prob", False))
+    if model_type == "prmoe":  # made after the layer
+        normalised = k > 1
     if k > experts:
         problems.append(f"moe.layer.k = {k}: must be 1 to {experts} (the experts)")
     if k > 1 and not normalised:
@@ -103,16 +106,21 @@ def _model_problems(layer: MoeLayer, config: Mapping[str, Any], world_size: int)
         )
         return
     try:
-        count, _ = family.num_experts(config), int(config["num_experts_per_tok"])
+        counts, _ = family.expert_counts(config), int(config["num_experts_per_tok"])
     except (KeyError, TypeError, ValueError):
-        yield f"config.json: {family.num_experts_key} and num_experts_per_tok must be whole numbers of at least 1"
-        return
-    if not list(moe_blocks(family, config)):
-        yield f"config.json: model_type = {show(family.model_type)}, but no layer is an MoE layer; remove moe.layer"
-    if count % layer.ep_size:
-        both = [size for size in divisors(count) if world_size % size == 0]
         yield (
-            f"moe.layer.ep_size = {layer.ep_size} does not divide the model's {count} experts; with {world_size} ranks "
-            f"use one of {both}"
+            f"config.json: {family.num_experts_key} and num_experts_per_tok must be whole numbers of at least 1"
+            + (" (the first may be a list, one for each layer)" if family.model_type == "prmoe" else "")
+        )
+        return
+    if not counts:
+        yield f"config.json: model_type = {show(family.model_type)}, but no layer is an MoE layer; remove moe.layer"
+        return
+    if any(count % layer.ep_size for count in counts):
+        common = math.gcd(*counts)
+        both = [size for size in divisors(common) if world_size % size == 0]
+        yield (
+            f"moe.layer.ep_size = {layer.ep_size} does not divide the model's "
+            f"{' and '.join(map(str, sorted(set(counts))))} experts; with {world_size} ranks use one of {both}"
         )
     yield from inexpressible(layer, family, config)

@@ -88,7 +88,13 @@ def _batch_problems(ds: DsConfig, world_size: int) -> Iterator[str]:
 def _model_problems(experts: ExpertParallel, config: Mapping[str, Any], world_size: int) -> Iterator[str]:
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
-    known = ", ".join(sorted(FAMILIES))
+    known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.autoep_preset))
+    if family is not None and family.autoep_preset is None:
+        yield (
+            f"model_type = {show(model_type)}: AutoEP would leave out its residual MLP; use moe.layer instead "
+            "(ds_configs/zero1_ep2_native.json and its siblings), or remove expert_parallel"
+        )
+        return
     if family is None:
         if not _EXPERT_COUNT_KEYS & set(config):
             yield (
@@ -191,7 +197,17 @@ def _balance_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> Iterator
                 f"moe.balance.{key} = {show(value)}: does nothing, because there is no auxiliary loss; set "
                 "moe.balance.aux_loss_coef above 0, or remove the key"
             )
-    if balance.bias_update_rate and ds.expert_parallel is None and model_type not in HAS_SELECTION_BIAS:
+    if coefficient != 0 and not balance.per_layer and isinstance(model_config.get("num_local_experts"), list):
+        yield (
+            "moe.balance.per_layer = false: the layers of this model have different numbers of experts and cannot be "
+            "pooled; set it to true"
+        )
+    if balance.bias_update_rate and ds.moe.layer is not None:
+        yield (
+            f"moe.balance.bias_update_rate = {balance.bias_update_rate}: the gate of native layers chooses by its "
+            "scores alone and has no place for a bias; use expert_parallel instead of moe.layer, or remove the key"
+        )
+    elif balance.bias_update_rate and ds.expert_parallel is None and model_type not in HAS_SELECTION_BIAS:
         yield (
             f"moe.balance.bias_update_rate = {balance.bias_update_rate}: the router of {show(model_type)} has no "
             "selection bias without expert_parallel; add that section (autoep_size 1 will do), or remove the key"

@@ -1,4 +1,4 @@
-"""What the routers decide, as they decide it: forward hooks on the AutoEP router, or on Hugging Face's own.
+"""What the routers decide, as they decide it: forward hooks on the router of AutoEP, native layers or Hugging Face.
 
 An observer is called once for each MoE layer of each forward pass that counts, with the raw router logits (part of the
 autograd graph) and the chosen experts. Left out are forward passes of activation recomputation, which happen inside the
@@ -20,8 +20,19 @@ from moe_models.families import Family, moe_blocks
 class Observer(Protocol):
     """Who listens to a :class:`RouterTap`."""
 
-    def observe(self, layer: int, training: bool, logits_TE: torch.Tensor, choices_TK: torch.Tensor) -> None:
-        """One layer of one forward pass: raw logits, and the experts that each token was sent to."""
+    def observe(
+        self,
+        layer: int,
+        training: bool,
+        logits_TE: torch.Tensor,
+        choices_TK: torch.Tensor,
+        counted_2E: torch.Tensor | None = None,
+    ) -> None:
+        """One layer of one forward pass: raw logits, and the experts that each token was sent to.
+
+        A native layer may choose with noise and drop: there ``choices_TK`` are those without noise, and ``counted_2E``
+        says how often each expert was chosen, and how many of these choices were dropped.
+        """
 
 
 @dataclass(frozen=True)
@@ -33,12 +44,17 @@ class Router:
     layer: Any
     """The block."""
     module: Any
-    """``layer.router`` of AutoEP, ``layer.gate`` of Hugging Face."""
+    """``layer.router`` of AutoEP, ``layer.gate`` of Hugging Face (in a native layer inside of DeepSpeed's gate)."""
 
     @property
     def is_autoep(self) -> bool:
         """Whether DeepSpeed's AutoEP built the block."""
         return bool(getattr(self.layer, "_is_autoep_layer", False))
+
+    @property
+    def native_gate(self) -> Any:
+        """DeepSpeed's gate around the router of a native layer, or None."""
+        return self.layer.moe.deepspeed_moe.gate if hasattr(self.layer, "moe") else None
 
     @property
     def score_func(self) -> str:
@@ -52,7 +68,10 @@ def find_routers(model: nn.Module, family: Family, config: Mapping[str, Any]) ->
     found = []
     for block in moe_blocks(family, config):
         layer: Any = model.get_submodule(block)
-        found.append(Router(block, layer, layer.router if getattr(layer, "_is_autoep_layer", False) else layer.gate))
+        if getattr(layer, "_is_autoep_layer", False):
+            found.append(Router(block, layer, layer.router))
+        else:
+            found.append(Router(block, layer, layer.moe.deepspeed_moe.gate.wg if hasattr(layer, "moe") else layer.gate))
     return found
 
 
@@ -72,10 +91,15 @@ class RouterTap:
         self._observers = observers
         self._training: bool | None = None
         self._logits: dict[int, torch.Tensor] = {}
+        self._routed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._handles = [model.register_forward_pre_hook(self._start)]
         for index, router in enumerate(routers):
             if router.is_autoep:  # its output has no logits; the linear inside has, and runs first
                 self._handles.append(router.module.gate.register_forward_hook(self._gate_hook(index)))
+            if router.native_gate is not None:  # runs after the router, which its block shows to hooks first
+                self._handles.append(router.native_gate.register_forward_hook(self._native_hook(index)))
+                self._handles.append(router.module.register_forward_hook(self._native_router_hook(index)))
+                continue
             self._handles.append(router.module.register_forward_hook(self._router_hook(index, router.is_autoep)))
 
     def close(self) -> None:
@@ -96,6 +120,28 @@ class RouterTap:
         def hook(module: nn.Module, inputs: Any, logits_TE: torch.Tensor) -> None:
             if self._counts():
                 self._logits[index] = logits_TE
+
+        return hook
+
+    def _native_router_hook(self, index: int) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+            if self._counts():
+                self._routed[index] = output[0], output[2]
+
+        return hook
+
+    def _native_hook(self, index: int) -> Any:
+        def hook(module: nn.Module, inputs: Any, routing: tuple[Any, ...]) -> None:
+            if not self._counts():
+                return
+            indices_KT, chosen_E = routing[3], routing[-1]
+            kept_E = torch.zeros_like(chosen_E)
+            kept_E.scatter_add_(0, indices_KT.clamp_min(0).flatten().long(), (indices_KT >= 0).flatten().to(kept_E))
+            logits_TE, choices_TK = self._routed.pop(index)
+            for observer in self._observers:
+                observer.observe(
+                    index, bool(self._training), logits_TE, choices_TK, torch.stack([chosen_E, chosen_E - kept_E])
+                )
 
         return hook
 

@@ -55,15 +55,15 @@ class Routing(TrainerCallback):
         routers = find_routers(model, self._family, self._config)
         # Tensor-parallel peers route the same tokens; every other rank its own.
         self._group = groups._get_sequence_data_parallel_group() if dist.is_initialized() else None
-        E, score_func = self._family.num_experts(self._config), routers[0].score_func
-        self.stats = LoadStats([router.block for router in routers], E, ep_size, score_func, device)
+        experts, score_func = self._family.expert_counts(self._config), routers[0].score_func
+        self.stats = LoadStats([router.block for router in routers], experts, ep_size, score_func, device)
         observers: list[Observer] = [self.stats]
         if self._balance is not None and any(self._coefficients.values()):
             scope, per_layer = self._balance.scope, self._balance.per_layer
-            self.aux = AuxLoss(len(routers), E, score_func, scope, per_layer, self._group)
+            self.aux = AuxLoss(experts, score_func, scope, per_layer, self._group)
             observers.append(self.aux)
         if self._balance is not None and self._balance.bias_update_rate:
-            self.bias = SelectionBias(routers, E, self._balance.bias_update_rate, device)
+            self.bias = SelectionBias(routers, experts[0], self._balance.bias_update_rate, device)
         self._tap = RouterTap(model, routers, *observers)
 
     def loss(self, inputs: Mapping[str, Any], micro_batches: int) -> torch.Tensor | float:

@@ -67,12 +67,14 @@ class ModelSizes:
 
 
 def model_sizes(config: Mapping[str, Any]) -> ModelSizes:
-    """Sizes of the model with this ``config.json``. Raises UserError for an unknown family or a missing key."""
+    """Sizes of the model with this ``config.json``. Raises UserError for a family it does not know or a missing key."""
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise UserError(
             f"config.json: model_type = {config.get('model_type')!r}: sizes are known for {', '.join(sorted(FAMILIES))}"
         )
+    if family.model_type == "prmoe":
+        raise UserError("config.json: model_type = 'prmoe': sizes are known for models whose MoE layers are all alike")
     try:
         layers = int(_get(config, "num_hidden_layers"))
         hidden, heads = int(_get(config, "hidden_size")), int(_get(config, "num_attention_heads"))

@@ -84,6 +84,8 @@ class MoETrainer(SFTTrainer):
         self._layer_aux_loss = any(layer.aux_loss == "layer" for layer in layers)
         if self._layer_aux_loss:  # in the place of the model's own
             self.aux_loss_enabled = model.config.output_router_logits = False
+        elif balance is None and self.family.model_type == "prmoe":  # TRL's pools layers, which here differ in size
+            balance = Balance(per_layer=True)  # type: ignore[call-arg]
         coefficient = self.router_aux_loss_coef
         if balance is not None:  # ours instead of TRL's
             coefficient = coefficient if balance.aux_loss_coef is None else balance.aux_loss_coef
@@ -108,8 +110,9 @@ class MoETrainer(SFTTrainer):
         if section.get("enabled"):
             check_replaced(self.model, self.family, self.source_config.to_dict(), section.get("autoep_size", 1))
         ep_size = section.get("autoep_size", 1) if section.get("enabled") else 1
-        if not self.native:  # those keep their own counts, and their drop rates are logged
-            self.routing.attach(self.model, ep_size, self.args.device)
+        for block in self.native.values():
+            ep_size = block.layer.ep_size
+        self.routing.attach(self.model, ep_size, self.args.device)
         resumed = kwargs.get("resume_from_checkpoint", args[2] if len(args) > 2 else None)
         if resumed is not None:
             self.routing.load(Path(resumed))

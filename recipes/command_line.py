@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,21 +26,47 @@ class RecipeArguments:
     export_max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of the exported model."})
 
 
-def read_command_line(words: list[str], about: str = "") -> tuple[Any, ...]:
+def read_checkpoint_config(name: str) -> dict[str, Any]:
+    """config.json of a model folder or hub id."""
+    from moe_models.inputs import read_model_config
+
+    return read_model_config(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """How a recipe is told which model it trains."""
+
+    recipe: str = "recipes/finetune.py"
+    """For messages."""
+    required: tuple[str, ...] = ("model_name_or_path",)
+    """The flags that say it; the first one leads to the model's config.json."""
+    read_config: Callable[[str], dict[str, Any]] = read_checkpoint_config
+    """From that flag's value to config.json. Raises UserError."""
+    arguments: type = RecipeArguments
+    """:class:`RecipeArguments`, or a class with more flags."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Other defaults for flags of TRL."""
+
+
+FROM_CHECKPOINT = ModelFlags()
+
+
+def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FROM_CHECKPOINT) -> tuple[Any, ...]:
     """Parse the flags and check everything that JSON, config.json and world size can tell, before any weight is read.
 
     Raises UserError with every problem found. Paths come first, for they need no import that takes seconds: their
     problems are said at once, and the rest follows.
     """
     words = [word for word in words if not word.startswith("--local_rank")]  # the launcher adds it
-    problems, model_config, json_is_sound = check_paths(words)
+    problems, model_config, json_is_sound = check_paths(words, flags)
     told = tell(problems, rank=RANK)
 
     from moe_models.config import adapt_for_cpu, load_ds_config
     from moe_models.preflight import check_run, warnings_for_run
     from moe_models.traffic import Work
 
-    parser, given, problems = parse_flags(words, about)
+    parser, given, problems = parse_flags(words, about, flags)
     ds = None
     if json_is_sound:
         try:
@@ -89,12 +116,12 @@ def read_command_line(words: list[str], about: str = "") -> tuple[Any, ...]:
     return script, recipe, args, model_args, ds
 
 
-def check_paths(words: list[str]) -> tuple[list[str], dict[str, Any] | None, bool]:
+def check_paths(words: list[str], kind: ModelFlags) -> tuple[list[str], dict[str, Any] | None, bool]:
     """(problems with the flags that name files and folders, the model's config.json, whether the JSON can be read)."""
     from moe_models.config import read_json
-    from moe_models.inputs import check_dataset_path, check_output_dir, read_model_config
+    from moe_models.inputs import check_dataset_path, check_output_dir
 
-    required = ("model_name_or_path", "dataset_name", "deepspeed", "output_dir")
+    required = (*kind.required, "dataset_name", "deepspeed", "output_dir")
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in (*required, "eval_dataset", "resume_from_checkpoint"):
         flags.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", dest=name)
@@ -103,10 +130,10 @@ def check_paths(words: list[str]) -> tuple[list[str], dict[str, Any] | None, boo
         return [], None, False
     problems = [f"--{name}: is required; see --help" for name in required if not getattr(given, name)]
     if "RANK" not in os.environ:
-        problems.append("no RANK in the environment; start it as: deepspeed --num_gpus N recipes/finetune.py ...")
+        problems.append(f"no RANK in the environment; start it as: deepspeed --num_gpus N {kind.recipe} ...")
     read: dict[str, Any] = {}
     for name, path, reader in (
-        ("model", given.model_name_or_path, read_model_config),
+        ("model", getattr(given, kind.required[0]), kind.read_config),
         ("json", given.deepspeed, read_json),
     ):
         try:
@@ -120,15 +147,15 @@ def check_paths(words: list[str]) -> tuple[list[str], dict[str, Any] | None, boo
     return problems, read.get("model"), "json" in read
 
 
-def parse_flags(words: list[str], about: str) -> tuple[Any, Any, list[str]]:
+def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, Any, list[str]]:
     """(parser, what it understood, a line for every flag that it did not)."""
     from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-    kinds = (ScriptArguments, RecipeArguments, SFTConfig, ModelConfig)
+    kinds = (ScriptArguments, kind.arguments, SFTConfig, ModelConfig)
     parser = TrlParser(kinds, description=about, allow_abbrev=False)
     # Training text should not be cut where it is too long, progress should be kept, and experiments should be seen.
     parser.set_defaults_with_config(
-        packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None
+        packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None, **kind.defaults
     )
 
     def refuse(message: str) -> None:
@@ -164,7 +191,9 @@ def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str
     if given.use_peft or given.load_in_4bit or given.load_in_8bit:
         problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
     if given.trust_remote_code:
-        problems.append("--trust_remote_code: not supported; every family of this recipe is part of transformers")
+        problems.append(
+            "--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"
+        )
     problems += length_problems(given.max_length, model_config)
     for name in ("bf16", "fp16"):
         if getattr(given, name) and ds is not None and ds.precision not in ("auto", name):

@@ -31,11 +31,12 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from command_line import RANK, WORLD_SIZE, describe, read_command_line, resume_value
+from command_line import FROM_CHECKPOINT, RANK, WORLD_SIZE, ModelFlags, describe, read_command_line, resume_value
 from moe_models.errors import UserError, exit_with
 
 # Torch renames of this year, said once per call by every rank; they are DeepSpeed's and accelerate's to follow.
@@ -58,10 +59,14 @@ def skip_teardown() -> None:
         os._exit(0)
 
 
-def main() -> int:
-    """Check, load, train, export, summarise."""
+ModelMaker = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+"""(recipe's arguments, SFTConfig, ModelConfig, training rows) -> (model, tokenizer). Raises UserError."""
+
+
+def main(about: str = __doc__ or "", flags: ModelFlags = FROM_CHECKPOINT, make_model: ModelMaker | None = None) -> int:
+    """Check, load, train, export, summarise. recipes/pretrain.py calls it with another way to get a model."""
     try:
-        script, recipe, args, model_args, ds = read_command_line(sys.argv[1:], about=(__doc__ or "").split("\n\n")[0])
+        script, recipe, args, model_args, ds = read_command_line(sys.argv[1:], about.split("\n\n")[0], flags)
         train_rows, eval_rows = load_data(script, recipe, args)
     except UserError as error:
         exit_with(error, rank=RANK)
@@ -69,7 +74,8 @@ def main() -> int:
     from moe_models.trainer import TrainingStoppedError
 
     try:
-        trainer = build_trainer(recipe, args, model_args, ds, train_rows, eval_rows)
+        model, tokenizer = (make_model or read_model)(recipe, args, model_args, train_rows)
+        trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows)
         if RANK == 0:
             (Path(args.output_dir) / SUMMARY).unlink(missing_ok=True)  # of the run that is now going on
         trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
@@ -104,17 +110,13 @@ def load_data(script: Any, recipe: Any, args: Any) -> tuple[Any, Any]:
     return train_rows, eval_rows
 
 
-def build_trainer(recipe: Any, args: Any, model_args: Any, ds: Any, train_rows: Any, eval_rows: Any) -> Any:
-    """Read the weights and put the trainer together. Raises UserError for a folder or data that do not fit together."""
+def read_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder or hub id. Raises UserError if it is not whole, or does not fit the data."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from moe_models.data import check_chat_template, warnings_for_rows
-    from moe_models.families import FAMILIES
-    from moe_models.hf_folder import parse_size
-    from moe_models.meter import StepClock
-    from moe_models.native import register_deepspeed_moe
-    from moe_models.trainer import MoETrainer
+    import moe_models.prmoe  # noqa: F401 (for AutoModelForCausalLM)
+    from moe_models.data import check_chat_template
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     try:
@@ -136,6 +138,18 @@ def build_trainer(recipe: Any, args: Any, model_args: Any, ds: Any, train_rows: 
         raise UserError(
             f"{name}: {len(absent)} weights are missing or incomplete ({', '.join(absent[:4])}); give the whole model"
         )
+    return model, tokenizer
+
+
+def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, train_rows: Any, eval_rows: Any) -> Any:
+    """Put the trainer together. Raises UserError for a model and data that do not fit together."""
+    from moe_models.data import warnings_for_rows
+    from moe_models.families import FAMILIES
+    from moe_models.hf_folder import parse_size
+    from moe_models.meter import StepClock
+    from moe_models.native import register_deepspeed_moe
+    from moe_models.trainer import MoETrainer
+
     if ds.moe.layer is not None:
         model = register_deepspeed_moe(model, ds.moe.layer, FAMILIES[model.config.model_type])
     try:

@@ -103,7 +103,11 @@ def write_report(
         problems += error.problems
     try:
         family, config = read_family(checkpoint)
-        E = family.num_experts(config)
+        E, *others = sorted(set(family.expert_counts(config)))
+        if others:
+            raise UserError(
+                f"--checkpoint {checkpoint}: has layers of {E} to {others[-1]} experts; the page is for equal layers"
+            )
         layouts = read_layouts(ds_configs, E)
         history = read_history(run, len(list(moe_blocks(family, config))), E) if run else None
         start = start_layout(layouts, history)
@@ -148,6 +152,7 @@ def read_family(checkpoint: Path) -> tuple[Family, dict[str, Any]]:
     """The family and ``config.json`` of a Hugging Face MoE folder; raises UserError for anything else."""
     from transformers import AutoConfig
 
+    import moe_models.prmoe  # noqa: F401 (for AutoConfig)
     from moe_models.inputs import read_model_config
 
     if not checkpoint.is_dir():

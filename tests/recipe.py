@@ -24,6 +24,7 @@ from tests.cluster import free_port
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "recipes" / "finetune.py"
+PRETRAIN = ROOT / "recipes" / "pretrain.py"
 sys.path.insert(0, str(SCRIPT.parent))  # as python does for a script; runpy does not
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -113,7 +114,7 @@ class Ended:
 
 
 def start_launcher(
-    arguments: list[str], log: Path, world_size: int = 2, name: str = "deepspeed"
+    arguments: list[str], log: Path, world_size: int = 2, name: str = "deepspeed", script: Path = SCRIPT
 ) -> subprocess.Popen[str]:
     """A launcher in a process group of its own; stdout and stderr go to ``log`` and ``log``.err."""
     count, port = str(world_size), str(free_port())
@@ -127,7 +128,7 @@ def start_launcher(
     }  # fmt: skip
     launcher = [sys.executable, "-m", *words[name]]
     return subprocess.Popen(
-        [*launcher, str(SCRIPT), *arguments],
+        [*launcher, str(script), *arguments],
         stdout=log.open("w"),
         stderr=log.with_suffix(".err").open("w"),
         env={**os.environ, **ENVIRONMENT},
@@ -150,17 +151,22 @@ def end_of(process: subprocess.Popen[str], log: Path, timeout: float) -> Ended:
 
 
 def launch(
-    arguments: list[str], folder: Path, world_size: int = 2, timeout: float = 150, name: str = "deepspeed"
+    arguments: list[str],
+    folder: Path,
+    world_size: int = 2,
+    timeout: float = 150,
+    name: str = "deepspeed",
+    script: Path = SCRIPT,
 ) -> Ended:
     """Run under a launcher, to the end."""
     log = folder / "launch.log"
-    return end_of(start_launcher(arguments, log, world_size, name), log, timeout)
+    return end_of(start_launcher(arguments, log, world_size, name, script), log, timeout)
 
 
-def run_alone(arguments: list[str], timeout: float = 90, **environment: str) -> Ended:
+def run_alone(arguments: list[str], timeout: float = 90, script: Path = SCRIPT, **environment: str) -> Ended:
     """Run ``python recipes/finetune.py`` without a launcher."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, str(script), *arguments],
         env={**os.environ, **ENVIRONMENT, **environment},
         capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT,
     )  # fmt: skip
@@ -170,7 +176,8 @@ def run_alone(arguments: list[str], timeout: float = 90, **environment: str) -> 
 class ForkedRecipe:
     """Runs recipes/finetune.py in forks of one process that has imported what the recipe imports."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: Path = SCRIPT) -> None:
+        self._script = script
         os.environ.update(ENVIRONMENT)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.recipe", *HEAVY])
@@ -178,7 +185,7 @@ class ForkedRecipe:
     def __call__(self, arguments: list[str], timeout: float = 240, **environment: str) -> Ended:
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
-            process = self._context.Process(target=_run_script, args=(arguments, environment, out, err))
+            process = self._context.Process(target=_run_script, args=(self._script, arguments, environment, out, err))
             process.start()
             process.join(timeout)
             if process.is_alive():
@@ -193,34 +200,44 @@ HEAVY = ["trl", "trl.scripts.utils", "trl.trainer.sft_config", "trl.trainer.mode
 """Modules that the recipe imports before it reads weights."""
 
 
-def _run_script(arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+def _run_script(script: Path, arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
     for stream, path in ((sys.stdout, out), (sys.stderr, err)):
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.environ.update({**ENVIRONMENT, **environment})
     os.chdir(ROOT)
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 # ------------------------------------------------------------------------------ the recipe's own functions in a cluster
 
 
-def start_in_cluster(arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """(trainer, checked JSON, held-out rows, the script's names) on this rank, up to before ``trainer.train()``."""
+def start_in_cluster(arguments: list[str], from_scratch: bool = False) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """(trainer, checked JSON, held-out rows, the script's names) on this rank, up to before ``trainer.train()``.
+
+    ``from_scratch`` is recipes/pretrain.py.
+    """
     from tests.parity import fresh_accelerate
 
     fresh_accelerate()
     script = runpy.run_path(str(SCRIPT), run_name="recipe")
-    flags, recipe, args, model_args, ds = script["read_command_line"](arguments)
+    kind, make_model = script["FROM_CHECKPOINT"], script["read_model"]
+    if from_scratch:
+        pretrain = runpy.run_path(str(PRETRAIN), run_name="recipe")
+        kind, make_model = pretrain["FROM_CONFIG"], pretrain["new_model"]
+    flags, recipe, args, model_args, ds = script["read_command_line"](arguments, flags=kind)
     train_rows, eval_rows = script["load_data"](flags, recipe, args)
-    trainer = script["build_trainer"](recipe, args, model_args, ds, train_rows, eval_rows)
+    model, tokenizer = make_model(recipe, args, model_args, train_rows)
+    trainer = script["build_trainer"](model, tokenizer, recipe, args, ds, train_rows, eval_rows)
     return trainer, ds, eval_rows, script
 
 
-def train_in_cluster(arguments: list[str], callbacks: tuple[Any, ...] = ()) -> dict[str, Any]:
+def train_in_cluster(
+    arguments: list[str], callbacks: tuple[Any, ...] = (), from_scratch: bool = False
+) -> dict[str, Any]:
     """Train as the recipe does, export, and return what was logged and where the model lies."""
-    trainer, _, eval_rows, script = start_in_cluster(arguments)
+    trainer, _, eval_rows, script = start_in_cluster(arguments, from_scratch)
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=script["resume_value"](trainer.args.resume_from_checkpoint))

@@ -157,8 +157,8 @@ WORDS: list[tuple[dict[str, Any], str]] = [
         "moe.layer and expert_parallel both replace the model's MoE blocks; remove one of the two sections",
     ),
     (
-        {"moe": {"layer": {}, "balance": {}}},
-        'moe.layer and moe.balance do not work together yet; balance native layers with "aux_loss" in moe.layer, or',
+        {"moe": {"layer": {"aux_loss": "layer"}, "balance": {}}},
+        'moe.layer.aux_loss = "layer" and moe.balance are two ways to balance the experts; remove one of them',
     ),
     ({"moe": {"balance": {"scop": "sequence"}}}, 'moe.balance.scop = "sequence": unknown key; did you mean "scope"?'),
     (

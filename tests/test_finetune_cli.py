@@ -126,8 +126,8 @@ LAYOUT_CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], str]] = {
     ),
     "unknown family without expert parallelism": (
         {"expert_parallel": None}, 2, {"model_type": "llama"},
-        'model_type = "llama": known are deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe; turn a '
-        "dense model into one of them with recipes/upcycle.py",
+        'model_type = "llama": known are deepseek_v2, deepseek_v3, mixtral, olmoe, prmoe, qwen2_moe, qwen3_moe; turn '
+        "a dense model into one of them with recipes/upcycle.py",
     ),
     "unfilled auto": (
         {"expert_parallel": {"autoep_size": "auto"}}, 2, {},
@@ -254,7 +254,7 @@ FLAG_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "remote code": (
         {"trust_remote_code": True},
-        ["--trust_remote_code: not supported; every family of this recipe is part of transformers"],
+        ["--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"],
     ),
     "shard size": (
         {"export_max_shard_size": "5 apples"},

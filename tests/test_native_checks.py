@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moe_models.config import DsConfig, load_ds_config
-from moe_models.moe_schema import MoeLayer
+from moe_models.moe_schema import ELSEWHERE, MoeLayer
 from moe_models.preflight import check_run, warnings_for_run
 from tests.tiny import TINY
 
@@ -174,7 +174,7 @@ def test_every_key_but_ep_size_is_a_departure() -> None:
         (line,) = MoeLayer(**{key: value}).departures()
         assert line.startswith(f"{key} = ")
     of_drop_tokens = {"capacity_factor", "eval_capacity_factor", "min_capacity", "use_rts"}
-    assert {*values, *of_drop_tokens, "ep_size"} == set(MoeLayer.model_fields)
+    assert {*values, *of_drop_tokens, *ELSEWHERE, "ep_size"} == set(MoeLayer.model_fields)
     all_of_it = MoeLayer(drop_tokens=True, capacity_factor=1.5, eval_capacity_factor=2, min_capacity=7, use_rts=True)
     for shown in ("1.5", "2 in evaluation", "at least 7", "at random"):
         assert shown in all_of_it.departures()[0]

@@ -272,4 +272,4 @@ def test_export_replaces_an_earlier_one(clusters: Clusters, sources: Sources, tm
 
 
 def test_every_family_is_tested() -> None:
-    assert {case[0] for case in TRAINED} == set(FAMILIES)
+    assert {case[0] for case in TRAINED} == set(FAMILIES) - {"prmoe"}, "that one is in tests/test_prmoe.py"

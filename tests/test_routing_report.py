@@ -24,6 +24,7 @@ from moe_models.layout import Layout
 from moe_models.report import data, history, layouts, page, record, text
 from tests.recipe import ROOT, save_model, words
 from tests.report import RECIPE, choices_of, recipe, save_run
+from tests.tiny import TINY
 
 ROWS = [[3 + (i * k + k * k) % 61 for i in range(length)] for k, length in ((1, 64), (5, 50), (7, 64), (2, 20))]
 
@@ -37,7 +38,7 @@ def recorded(checkpoint: Path) -> tuple[record.Recording, int]:
     return record.record(model, family, config, ROWS), family.num_experts(config)
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(TINY))
 def test_the_data_equal_a_plain_recount(tiny_checkpoints: Callable[[str], Path], model_type: str) -> None:
     recording, E = recorded(tiny_checkpoints(model_type))
     built = data.build(recording, E, str)
