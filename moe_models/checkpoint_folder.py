@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from moe_models.checkpoint import _split_fused
 from moe_models.errors import UserError
 from moe_models.families import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, NATIVE_ROUTER, Family
+from moe_models.tensor_source import split_fused
 from moe_models.tp_shards import join_saved
 
 
@@ -81,7 +81,7 @@ class _Piece:
 
 
 class FolderSource:
-    """Tensors of a saved DeepSpeed checkpoint; see :class:`moe_models.checkpoint.TensorSource`.
+    """Tensors of a saved DeepSpeed checkpoint; see :class:`moe_models.tensor_source.TensorSource`.
 
     Raises:
         UserError: from ``__init__``, if files are missing (all are named) or the layout is not one listed above.
@@ -138,7 +138,7 @@ class FolderSource:
 
     @torch.no_grad()
     def dense(self, name: str) -> torch.Tensor:
-        """See :class:`~moe_models.checkpoint.TensorSource`. Raises KeyError if the checkpoint has no such tensor."""
+        """See :class:`~moe_models.tensor_source.TensorSource`. Raises KeyError if the checkpoint has no such tensor."""
         stored = self._names[name]
         self._unasked.pop(name, None)
         kept: torch.Tensor = self._ranks[0]["module"][stored]
@@ -150,9 +150,9 @@ class FolderSource:
 
     @torch.no_grad()
     def experts(self, block: str, projection: str) -> torch.Tensor:
-        """See :class:`~moe_models.checkpoint.TensorSource`."""
+        """See :class:`~moe_models.tensor_source.TensorSource`."""
         if block not in self._layers:
-            fused = _split_fused(self.dense, block, projection)
+            fused = split_fused(self.dense, block, projection)
             assert fused is not None  # a folder has no ranks that only help
             return fused
         entry = self._layers[block]
@@ -175,7 +175,7 @@ class FolderSource:
         return stacked
 
     def unasked(self) -> Iterable[str]:
-        """See :class:`~moe_models.checkpoint.TensorSource`."""
+        """See :class:`~moe_models.tensor_source.TensorSource`."""
         return self._unasked
 
     def num_experts(self, block: str) -> int:

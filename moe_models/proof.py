@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moe_models.checkpoint import fingerprint
+from moe_models.checkpoint_engine import fingerprint
 from moe_models.hf_folder import ExportError, without_zero3
 
 PROBE_SHAPE = (2, 48)

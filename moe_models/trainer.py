@@ -29,7 +29,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from moe_models.autoep import check_replaced, register_presets, restore_rotary_buffers
-from moe_models.checkpoint import EngineSource, export, is_writer
+from moe_models.checkpoint import export
+from moe_models.checkpoint_engine import EngineSource, is_writer
 from moe_models.families import FAMILIES, Family
 from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.moe_schema import Balance

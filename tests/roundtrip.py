@@ -103,7 +103,8 @@ def export_engine(
     """Export ``engine`` with the config of ``source``; ``change`` may plant a fault in the tensor source."""
     from transformers import AutoConfig
 
-    from moe_models.checkpoint import EngineSource, export
+    from moe_models.checkpoint import export
+    from moe_models.checkpoint_engine import EngineSource
     from moe_models.families import FAMILIES
 
     config = AutoConfig.from_pretrained(source)
@@ -121,7 +122,7 @@ def export_unchanged(
     import torch
     from transformers import AutoConfig
 
-    from moe_models.checkpoint import is_writer
+    from moe_models.checkpoint_engine import is_writer
     from moe_models.proof import prove_folder, record_logits
 
     engine = make_engine(source, stage, ep_size, dtype, tensor_parallel=tensor_parallel)

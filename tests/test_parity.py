@@ -140,7 +140,7 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     import torch
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    from moe_models import checkpoint
+    from moe_models import checkpoint_engine
     from moe_models.trainer import MoETrainer
 
     def double_aux_loss(self: Any, *a: Any, **k: Any) -> Any:
@@ -153,13 +153,13 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return norm * 0.0 if not getattr(params[0], "allreduce", True) else norm
 
     def rank_0_twice(local: torch.Tensor, ep_group: Any) -> torch.Tensor | None:
-        return torch.cat([local.cpu()] * 2) if checkpoint.is_writer() else None
+        return torch.cat([local.cpu()] * 2) if checkpoint_engine.is_writer() else None
 
     compute_loss, get_norm = MoETrainer.compute_loss, DeepSpeedZeroOptimizer.get_grad_norm_direct
     owner, name, wrong = {
         FAULTS[0]: (MoETrainer, "compute_loss", double_aux_loss),
         FAULTS[1]: (DeepSpeedZeroOptimizer, "get_grad_norm_direct", norm_without_experts),
-        FAULTS[2]: (checkpoint, "_gather_to_writer", rank_0_twice),
+        FAULTS[2]: (checkpoint_engine, "_gather_to_writer", rank_0_twice),
     }[fault]
     with parity.planted(owner, name, wrong):
         return parity.train_case(*args, **kwargs)

@@ -103,10 +103,10 @@ def test_planted_faults_are_seen(
 
 def export_without_joining(*args: Any) -> str:
     """Runs on the ranks: what the export says if shards are taken for whole tensors."""
-    from moe_models import checkpoint
+    from moe_models import checkpoint_engine
     from moe_models.hf_folder import ExportError
 
-    with parity.planted(checkpoint, "split_dimension", lambda parameter: None):
+    with parity.planted(checkpoint_engine, "split_dimension", lambda parameter: None):
         try:
             roundtrip.export_unchanged(*args)
         except ExportError as error:

@@ -1,0 +1,34 @@
+"""Where an export takes its tensors from: a live engine, or a saved checkpoint folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+
+
+class TensorSource(Protocol):
+    """Where an export takes its tensors from. A collective source returns None on ranks that do not write."""
+
+    dtype: torch.dtype
+
+    def dense(self, name: str) -> torch.Tensor | None:
+        """The full tensor with this module-layout name, on CPU."""
+
+    def experts(self, block: str, projection: str) -> torch.Tensor | None:
+        """All E experts of ``block`` (module path) for ``projection`` (gate, up or down), on CPU."""
+
+    def unasked(self) -> Iterable[str]:
+        """Names of trained tensors that were not asked for so far."""
+
+
+def split_fused(dense: Callable[[str], torch.Tensor | None], block: str, projection: str) -> torch.Tensor | None:
+    """An expert projection out of HF's own fused tensors (a block that AutoEP did not replace)."""
+    if projection == "down":
+        return dense(f"{block}.experts.down_proj")
+    gate_up_E2FD = dense(f"{block}.experts.gate_up_proj")
+    if gate_up_E2FD is None:
+        return None
+    gate_EFD, up_EFD = gate_up_E2FD.chunk(2, dim=1)
+    return gate_EFD if projection == "gate" else up_EFD
