@@ -14,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 
+from tests import support_matrix
 from tests.cluster import Cluster
 
 
@@ -26,10 +27,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         gpu = item.get_closest_marker("gpu")
         fits = gpu is None or torch.cuda.device_count() >= gpu.args[0]
         fits = fits and bool(browser or item.get_closest_marker("browser") is None)
-        fits = fits and (wanted or item.get_closest_marker("conformance") is None)
+        daily = item.get_closest_marker("conformance") is None or item.get_closest_marker("daily") is not None
+        fits = fits and (wanted or daily)
         (kept if fits else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A whole conformance run without a failure writes what it saw."""
+    chosen = session.config.option
+    everything = chosen.markexpr == "conformance" and not chosen.keyword and session.config.args == ["tests"]
+    if everything and exitstatus == 0:
+        support_matrix.write(session.config.rootpath / "docs" / "support-matrix.md")
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,8 @@ def daily(cases: Sequence[Sequence[Any]], chosen: set[int]) -> list[Any]:
     """All cases for `-m conformance`; those with the ``chosen`` positions also for the default run."""
     import pytest
 
-    return [pytest.param(*case, marks=() if i in chosen else pytest.mark.conformance) for i, case in enumerate(cases)]
+    marks = [[pytest.mark.conformance] + [pytest.mark.daily] * (i in chosen) for i in range(len(cases))]
+    return [pytest.param(*case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
 
 
 def rows(count: int, seed: int = 0, vocab: int = 64) -> list[dict[str, list[int]]]:

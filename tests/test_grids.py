@@ -16,7 +16,7 @@ import pytest
 from tests import parity, test_parity
 from tests.cluster import Cluster
 from tests.test_parity import check_case
-from tests.test_tensor_parallel import check_resume, check_tp_case, tp_config
+from tests.test_tensor_parallel import check_resume, tp_config
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.conformance
@@ -29,7 +29,7 @@ def test_eight_ranks(tiny_checkpoints: Callable[[str], Path], references: Callab
         for ep_size in (2, 4):
             out = tmp_path / f"ep{ep_size}"
             config = tp_config(ep_size // 2, ep_size)  # ZeRO 1 and 2
-            check_tp_case(cluster, references, tiny_checkpoints("mixtral"), out, config, 1, timeout=500)
+            check_case(cluster, references, tiny_checkpoints("mixtral"), out, config, 1, timeout=500)
         check_resume(cluster, tmp_path, "zero1_ep2_tp2", replicas=4)
     finally:
         cluster.stop()

@@ -53,7 +53,7 @@ def matrix() -> list[Any]:
                 for accumulation in (1, 2):
                     turn = number + stage + index + 2 * accumulation
                     default = (turn // 2) % 2 == 0 if name.startswith("mixtral") else turn % 4 == 0
-                    marks = () if default else pytest.mark.conformance
+                    marks = [pytest.mark.conformance] + [pytest.mark.daily] * default
                     case = f"{name}-zero{stage}-{world_size}ranks-ep{ep_size}-acc{accumulation}"
                     values = (name, stage, world_size, ep_size, accumulation)
                     cases.append(pytest.param(*values, id=case, marks=marks))

@@ -135,6 +135,8 @@ def test_a_wrong_pyramid_is_refused(experts: Any) -> None:
 CASES = [(1, 1, 2, 1, 1), (1, 1, 2, 2, 2), (2, 1, 2, 2, 1), (1, 2, 2, 2, 1)]
 
 
+@pytest.mark.conformance
+@pytest.mark.daily
 @pytest.mark.parametrize(("k", "stage", "world_size", "ep_size", "accumulation"), CASES)
 def test_training_equals_one_process(
     k: int, stage: int, world_size: int, ep_size: int, accumulation: int, clusters: Clusters,
@@ -144,6 +146,8 @@ def test_training_equals_one_process(
     check_case(clusters(world_size), references, checkpoints(k), tmp_path, config, accumulation)
 
 
+@pytest.mark.conformance
+@pytest.mark.daily
 def test_training_of_the_plain_class_under_zero3_equals_one_process(
     clusters: Clusters, checkpoints: Callable[[int], Path], references: Callable[..., Any], tmp_path: Path,  # noqa: F811
 ) -> None:  # fmt: skip

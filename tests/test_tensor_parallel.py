@@ -20,7 +20,7 @@ from recipes.export import run as export_checkpoint
 from tests import parity, roundtrip, test_parity
 from tests.cluster import Cluster
 from tests.recipe import ROOT, curve, largest_difference, save_model, text_rows, train_in_cluster, write_jsonl
-from tests.test_parity import LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE, relative, weight_deviations
+from tests.test_parity import check_case
 from tests.test_resume import LOGGED, flags
 from tests.test_traffic import check_live_run
 
@@ -36,33 +36,14 @@ def tp_config(stage: int, ep_size: int, **extra: Any) -> dict[str, Any]:
     return config
 
 
-def check_tp_case(
-    cluster: Cluster, references: Callable[..., Any], source: Path, out: Path, config: dict, accumulation: int,
-    run: Callable[..., Any] = parity.train_case, timeout: float = 180
-) -> None:  # fmt: skip
-    results = cluster.run(run, str(source), str(out), config, accumulation, timeout=timeout)
-    batches = [result["batches"] for result in results]
-    assert batches[::2] == batches[1::2], "the peers of a pair must train on the same data"
-    assert batches[0] != batches[2], "pairs must train on different data"
-    expected, ours = references(source, batches[::2], accumulation), results[0]
-    assert relative(ours["loss"], expected["loss"]) < LOSS_TOLERANCE
-    assert relative(ours["aux_loss"], expected["aux_loss"]) < LOSS_TOLERANCE
-    assert relative(ours["grad_norm"], expected["grad_norm"]) < NORM_TOLERANCE
-    assert min(expected["grad_norm"]) > parity.CLIP, "clipping must be active"
-    deviations = weight_deviations(ours["folder"], expected["folder"])
-    worst = max((value, name) for name, value in deviations.items() if not name.endswith("k_proj.bias"))
-    assert worst[0] < WEIGHT_TOLERANCE, worst
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+CASES = [(f, stage, ep, acc) for f in FAMILIES for stage in (1, 2) for ep in (2, 4) for acc in (1, 2)]
+DAILY = [("mixtral", 1, 2, 2), ("mixtral", 2, 4, 1), ("qwen3_moe", 2, 2, 2)]
 
 
-def matrix() -> list[Any]:
-    default = [("mixtral", 1, 2, 2), ("mixtral", 2, 4, 1), ("qwen3_moe", 2, 2, 2)]
-    families = ("mixtral", "qwen2_moe", "qwen3_moe")
-    cases = [(f, stage, ep, acc) for f in families for stage in (1, 2) for ep in (2, 4) for acc in (1, 2)]
-    rest = [pytest.param(*case, marks=pytest.mark.conformance) for case in cases if case not in default]
-    return [*default, *rest]
-
-
-@pytest.mark.parametrize(("model_type", "stage", "ep_size", "accumulation"), matrix())
+@pytest.mark.parametrize(
+    ("model_type", "stage", "ep_size", "accumulation"), parity.daily(CASES, {CASES.index(case) for case in DAILY})
+)
 def test_training_equals_hugging_face(
     model_type: str,
     stage: int,
@@ -74,7 +55,7 @@ def test_training_equals_hugging_face(
     tmp_path: Path,
 ) -> None:
     config = tp_config(stage, ep_size)
-    check_tp_case(clusters(4), references, tiny_checkpoints(model_type), tmp_path, config, accumulation)
+    check_case(clusters(4), references, tiny_checkpoints(model_type), tmp_path, config, accumulation)
 
 
 FAULTS = ("aux loss doubled", "experts of the second peer left out of the norm")
@@ -95,7 +76,7 @@ def test_planted_faults_are_seen(
     fault: str, clusters: Clusters, tiny_checkpoints: Tiny, references: Callable[..., Any], tmp_path: Path
 ) -> None:
     with pytest.raises(AssertionError, match=r"assert .* < "):
-        check_tp_case(
+        check_case(
             clusters(4), references, tiny_checkpoints("mixtral"), tmp_path, tp_config(1, 2), 1,
             run=partial(train_with_fault, fault),
         )  # fmt: skip

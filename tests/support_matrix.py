@@ -1,0 +1,57 @@
+"""docs/support-matrix.md: what the parity tests of one `-m conformance` run saw, and what is refused and why.
+
+Every case that holds is noted with its largest deviations from single-process Hugging Face; a layout is one row, over
+accumulation 1 and 2. tests/conftest.py writes the file at the end of a run that selected everything and had no failure.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+Row = tuple[str, int, str, int, int, int, int]
+"""(family, experts per token, who spreads the experts, ZeRO stage, ranks, EP, TP)"""
+
+SEEN: dict[Row, dict[str, float]] = {}
+REFUSED: dict[str, str] = {}
+COLUMNS = ("loss", "auxiliary loss", "gradient norm", "weights")
+HEAD = """# Support matrix
+
+Written by `python -m pytest -m conformance` on CPU processes, fp32. Each row: five AdamW steps with active clipping,
+with gradient accumulation 1 and 2 where both were run, against single-process Hugging Face on the same tokens. The
+numbers are the largest relative deviations seen; weights are the exported ones after the five steps (relative to the
+tensor's largest value, or to the farthest that AdamW can move). What is allowed, and why: `tests/test_parity.py`.
+
+"""
+
+
+def note(config: dict[str, Any], model: dict[str, Any], ranks: int, found: dict[str, float]) -> None:
+    """Keep the largest deviations of a layout."""
+    native = (config.get("moe") or {}).get("layer")
+    autoep = (config.get("expert_parallel") or {}).get("autoep_size")
+    row = (
+        model["model_type"], model["num_experts_per_tok"], "native" if native else "AutoEP" if autoep else "none",
+        config["zero_optimization"]["stage"], ranks, native["ep_size"] if native else autoep or 1,
+        (config.get("tensor_parallel") or {}).get("autotp_size", 1),
+    )  # fmt: skip
+    kept = SEEN.setdefault(row, {})
+    kept.update({name: max(value, kept.get(name, 0.0)) for name, value in found.items()})
+
+
+def text() -> str:
+    """The page."""
+    lines = ["| family | top-k | experts by | ZeRO | ranks | EP | TP | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|---" * (7 + len(COLUMNS)) + "|")
+    for row, found in sorted(SEEN.items()):
+        figures = [f"{found[name]:.0e}" if name in found else "has none" for name in COLUMNS]
+        lines.append("| " + " | ".join([*map(str, row), *figures]) + " |")
+    refused = ["", "## Refused before a weight is read", "", "| what | the line on stderr |", "|---|---|"]
+    refused += [f"| {name} | {line.replace('|', chr(92) + '|')} |" for name, line in REFUSED.items()]
+    return HEAD + "\n".join([*lines, *refused]) + "\n"
+
+
+def write(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text())
+    temporary.replace(path)
