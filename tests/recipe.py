@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cluster import free_port
+from tests.cluster import forking, free_port
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "recipes" / "finetune.py"
@@ -179,8 +178,7 @@ class ForkedRecipe:
     def __init__(self, script: Path = SCRIPT) -> None:
         self._script = script
         os.environ.update(ENVIRONMENT)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.recipe", *HEAVY])
+        self._context = forking()
 
     def __call__(self, arguments: list[str], timeout: float = 240, **environment: str) -> Ended:
         with tempfile.TemporaryDirectory() as folder:
@@ -194,10 +192,6 @@ class ForkedRecipe:
             ended = Ended(-9 if process.exitcode is None else process.exitcode, out.read_text(), err.read_text())
         assert ended.code >= 0, f"did not end within {timeout:.0f} s: {ended}"
         return ended
-
-
-HEAVY = ["trl", "trl.scripts.utils", "trl.trainer.sft_config", "trl.trainer.model_config", "deepspeed", "datasets"]
-"""Modules that the recipe imports before it reads weights."""
 
 
 def _run_script(script: Path, arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:

@@ -14,6 +14,7 @@ Row = tuple[str, int, str, int, int, int, int]
 
 SEEN: dict[Row, dict[str, float]] = {}
 REFUSED: dict[str, str] = {}
+FILLED_BY = {"test_parity", "test_native", "test_prmoe", "test_tensor_parallel", "test_support_matrix"}
 COLUMNS = ("loss", "auxiliary loss", "gradient norm", "weights")
 HEAD = """# Support matrix
 
