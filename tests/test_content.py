@@ -73,7 +73,14 @@ def tokens_per_expert(folder: str | Path, batches: list[dict]) -> list[int]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("idle", [(4, 5, 6, 7), (0, 1, 2, 3), (1, 2, 5, 6)], ids=["rank 1", "rank 0", "half of each"])
+@pytest.mark.parametrize(
+    "idle",
+    [
+        pytest.param((4, 5, 6, 7), id="rank 1"),
+        pytest.param((0, 1, 2, 3), id="rank 0", marks=pytest.mark.conformance),
+        pytest.param((1, 2, 5, 6), id="half of each"),
+    ],
+)
 def test_experts_that_get_no_token(
     stage: int,
     idle: tuple[int, ...],
@@ -195,7 +202,7 @@ def flags(model: Path, data: Path, preset: str, out: Path, **more: Any) -> list[
     return command(model, data, ROOT / "ds_configs" / f"{preset}.json", out, **{**defaults, **more})
 
 
-@pytest.mark.parametrize("preset", ["zero1_ep2", "zero3_ep2"])
+@pytest.mark.parametrize("preset", [pytest.param("zero1_ep2", marks=pytest.mark.conformance), "zero3_ep2"])
 def test_evaluation_does_not_change_training(
     preset: str, clusters: Callable[[int], Cluster], with_dropout: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -213,7 +220,7 @@ def test_evaluation_does_not_change_training(
     assert largest_difference(evaluated["folder"], without["folder"]) == 0.0
 
 
-@pytest.mark.parametrize("preset", ["zero1_ep2", "zero3_ep2"])
+@pytest.mark.parametrize("preset", ["zero1_ep2", pytest.param("zero3_ep2", marks=pytest.mark.conformance)])
 def test_gradient_checkpointing_does_not_change_training(
     preset: str, clusters: Callable[[int], Cluster], with_dropout: Path, data: Path, tmp_path: Path
 ) -> None:

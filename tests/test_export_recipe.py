@@ -134,7 +134,7 @@ def test_killed_at_any_moment_one_whole_export_remains(run_dirs: list[Path], tmp
     assert 0 < report["moved"] < 5, "the window between two renames must exist and be small"
 
 
-@pytest.mark.parametrize(("stage", "layers"), [(1, 48), (3, 24)])
+@pytest.mark.parametrize(("stage", "layers"), [pytest.param(1, 48, marks=pytest.mark.conformance), (3, 24)])
 def test_memory_of_the_offline_export(stage: int, layers: int, tmp_path: Path) -> None:
     """300 MB in the files (ZeRO-3 keeps fp32), 5 MB shards: one projection, one shard and some slack are enough."""
     done = run_python("-m", "tests.export_stress", "memory", tmp_path, stage, layers)

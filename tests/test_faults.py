@@ -113,11 +113,11 @@ def check_left_behind(out: Path, *expected: str, undisturbed: str) -> None:
 
 
 @pytest.mark.timeout(1200)  # six launcher starts; two minutes alone on two cores
-@pytest.mark.parametrize("order", [(1, 0, 1, 0), pytest.param((0, 1, 0, 1), marks=pytest.mark.conformance)], ids=str)
+@pytest.mark.parametrize("order", [(1, 0, 0), pytest.param((0, 1, 1, 0), marks=pytest.mark.conformance)], ids=str)
 def test_killed_again_and_again(
-    order: tuple[int, int, int, int], clusters: Callable[[int], Cluster], model: Path, data: Path, tmp_path: Path
+    order: tuple[int, ...], clusters: Callable[[int], Cluster], model: Path, data: Path, tmp_path: Path
 ) -> None:
-    """In training, while a checkpoint is written, during the export, and during an export over an earlier one."""
+    """Ranks ``order``: in training, while a checkpoint is written, in the export, and in one over an earlier one."""
     out = tmp_path / "out"
     step_12, staged_model = out / ".writing" / "checkpoint-12", out / ".model.writing"
     undisturbed = clusters(2).run(train_in_cluster, arguments(model, data, tmp_path / "undisturbed"))[0]["folder"]
@@ -158,9 +158,10 @@ def test_killed_again_and_again(
     assert {"model", "summary.json"} <= {path.name for path in out.iterdir()}
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
-    killed_in_export(order[3], tmp_path / "e.log")
-    assert not (out / "summary.json").exists() or order[3] == 1, "it would say that this run came to its end"
-    assert (out / "model").exists(), "an export that is killed must leave the earlier one"
+    for rank in order[3:]:
+        killed_in_export(rank, tmp_path / "e.log")
+        assert not (out / "summary.json").exists() or rank == 1, "it would say that this run came to its end"
+        assert (out / "model").exists(), "an export that is killed must leave the earlier one"
 
 
 @pytest.mark.conformance

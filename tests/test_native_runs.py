@@ -34,16 +34,22 @@ def layer_aux_loss(k: int, output: Any) -> Any:
     return torch.stack([by_hand(logits, k) for logits in output.router_logits]).mean()
 
 
-@pytest.mark.parametrize(
-    ("name", "stage", "world_size", "ep_size", "accumulation"),
-    [
+AUX_CASES = [
+    (*case, gradient_checkpointing)
+    for gradient_checkpointing in (False, True)
+    for case in [
         ("mixtral-k2", 1, 2, 2, 1),
         ("mixtral-k2", 2, 2, 2, 2),
         ("qwen3_moe-k4", 2, 2, 1, 1),
         ("olmoe-k1", 1, 4, 2, 2),
-    ],
+    ]
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "world_size", "ep_size", "accumulation", "gradient_checkpointing"),
+    parity.daily(AUX_CASES, {1, 4, 6, 7}),
 )
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_layer_aux_loss_joins_the_loss_once(
     name: str,
     stage: int,
@@ -128,7 +134,9 @@ def train_and_count(source: str, out: str, config: dict[str, Any]) -> dict[str, 
     return {"counts": counts, "logged": logged, "proof": trainer.last_proof}
 
 
-@pytest.mark.parametrize(("name", "factor"), [("mixtral-k2", 0.5), ("mixtral-k2", 2.0), ("olmoe-k1", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "factor"), parity.daily([("mixtral-k2", 0.5), ("mixtral-k2", 2.0), ("olmoe-k1", 1.0)], {0, 2})
+)
 def test_drop_rate_is_logged_for_each_layer(
     name: str,
     factor: float,
@@ -333,6 +341,7 @@ def write_capacity_json(folder: Path, **layer: Any) -> Path:
     return folder / "ds.json"
 
 
+@pytest.mark.conformance
 def test_finetune_says_what_departs_from_the_model(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     data, out = write_jsonl(tmp_path / "train.jsonl", text_rows(16)), tmp_path / "out"

@@ -125,6 +125,7 @@ def test_prepared_once_and_again_when_the_stamp_changes(
     assert (tmp_path / "cache" / "quickstart" / "moe").read_text() == "1"
 
 
+@pytest.mark.conformance
 def test_it_ends_with_the_report_of_its_run(
     quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
