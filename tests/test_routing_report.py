@@ -98,14 +98,15 @@ def test_every_ds_config_becomes_the_grid_that_layout_py_computes() -> None:
     assert list(entries["zero2_ep4.json"]["worlds"]) == ["4", "8", "16"]
     assert entries["zero1_ep2_native.json"]["kind"] == "native"
     assert entries["zero3.json"]["ep"] == 1
+    assert entries["zero1_ep2_tp2.json"]["tp"] == 2
     for entry in entries.values():
         for world, grid in entry["worlds"].items():
-            layout = Layout(int(world), entry["ep"])
+            layout = Layout(int(world), entry["ep"], entry["tp"])
             assert grid["groups"] == layout.ep_groups()
             for rank, (ep, edp, dp, _, first, held) in enumerate(grid["ranks"]):
                 assert rank in grid["groups"][edp]
                 assert grid["groups"][edp][ep] == rank
-                assert dp == rank
+                assert dp == rank // entry["tp"]
                 assert range(first, first + held) == layout.experts_of(rank, 4)
 
 
