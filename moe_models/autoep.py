@@ -52,15 +52,20 @@ def register_presets() -> None:
     )
 
 
+def autoep_layers(model: nn.Module) -> dict[str, Any]:
+    """The blocks that AutoEP replaced, by module path."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)}
+
+
 def check_replaced(model: nn.Module, family: Family, config: Mapping[str, Any], ep_size: int) -> None:
     """Raise RuntimeError unless every MoE block of the model, and nothing else, became an AutoEP layer of ``ep_size``.
 
     AutoEP skips a block it does not recognise with a debug message; such a block would train with the gradients of its
     replicas mixed up or its experts all on every rank.
     """
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-
-    found = {name: m for name, m in model.named_modules() if isinstance(m, AutoEPMoELayer)}
+    found = autoep_layers(model)
     expected = set(moe_blocks(family, config))
     problems = [f"{name} was not replaced" for name in sorted(expected - set(found))]
     problems += [f"{name} was replaced but is not an MoE block" for name in sorted(set(found) - expected)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_models.autoep import autoep_layers
 from moe_models.families import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, Family
 from moe_models.tensor_source import split_fused
 from moe_models.tp_shards import join_on_rank_0, split_dimension
@@ -38,13 +39,11 @@ class EngineSource:
     """
 
     def __init__(self, engine: Any, family: Family) -> None:
-        from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-
         from moe_models.native import native_blocks
 
         module = engine.module
         self._native = native_blocks(module)
-        self._layers = {name: m for name, m in module.named_modules() if isinstance(m, AutoEPMoELayer)}
+        self._layers = autoep_layers(module)
         self._tensors: dict[str, torch.Tensor] = {
             family.autoep_to_module(name): tensor
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]

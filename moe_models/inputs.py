@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from moe_models.errors import UserError
 
 DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
 """File endings the recipes read as a data set."""
+
+LAYOUT_FILE = "layout.json"
+"""In a checkpoint folder: the layout that wrote it."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -66,6 +70,26 @@ def check_output_dir(path: str | Path, resume: bool | str | None = None) -> list
     elif path.is_dir() and any(path.iterdir()):
         return [f"--output_dir {path}: not empty, and no checkpoint to go on from; give another folder, or remove it"]
     return []
+
+
+def saved_layout(checkpoint: str | Path) -> dict[str, Any] | None:
+    """The layout that wrote ``checkpoint``; None where it is not said."""
+    file = Path(checkpoint) / LAYOUT_FILE
+    return {"tp_size": 1, **read_json(file)} if file.is_file() else None
+
+
+def other_layout_problems(checkpoint: str | Path, here: Mapping[str, Any]) -> list[str]:
+    """Problems with resuming ``checkpoint`` in the layout ``here`` (the keys of layout.json, or some of them)."""
+    saved = saved_layout(checkpoint)
+    if saved is None or all(saved.get(key) == value for key, value in here.items()):
+        return []
+    if max(saved["tp_size"], here["tp_size"]) == 1:
+        return []
+    return [
+        f"{checkpoint}: written by another layout ({saved}), and tensor parallelism in it or here "
+        f"(tensor_parallel.autotp_size = {here['tp_size']}): that cannot be resumed yet; go on with the layout that "
+        "wrote it, or start from its export (recipes/export.py)"
+    ]
 
 
 def check_dataset_path(name: str | Path) -> list[str]:

@@ -9,7 +9,6 @@ old run did not have start theirs anew.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -21,15 +20,14 @@ import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
+from moe_models.autoep import autoep_layers
 from moe_models.errors import UserError
 from moe_models.families import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, Family
+from moe_models.inputs import other_layout_problems, saved_layout
 from moe_models.native import native_blocks
 from moe_models.saved_states import KEYS, WEIGHT, SavedStates
 
 logger = logging.getLogger(__name__)
-
-LAYOUT_FILE = "layout.json"
-"""In a checkpoint folder: the layout that wrote it."""
 
 _PROJECTIONS = {weight: projection for projection, weight in AUTOEP_EXPERT_NAMES.items()}
 _NATIVE_EXPERT = re.compile(rf"(.*)\.{re.escape(NATIVE_EXPERTS)}\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -38,7 +36,7 @@ _NATIVE_EXPERT = re.compile(rf"(.*)\.{re.escape(NATIVE_EXPERTS)}\.(\d+)\.(gate|u
 def describe_engine(engine: Any) -> dict[str, Any]:
     """What a checkpoint's files depend on; two engines that agree here read each other's."""
     blocks = native_blocks(engine.module)
-    autoep = _autoep_layers(engine.module)
+    autoep = autoep_layers(engine.module)
     ep_sizes = {layer.ep_size for layer in autoep.values()} | {block.moe.ep_size for block in blocks.values()}
     return {
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,
@@ -48,15 +46,6 @@ def describe_engine(engine: Any) -> dict[str, Any]:
         "tp_size": max(1, engine.autotp_size()),
         "precision": str(next(p.dtype for p in engine.module.parameters())).removeprefix("torch."),
     }
-
-
-def saved_layout(checkpoint: Path) -> dict[str, Any] | None:
-    """The layout that wrote ``checkpoint``; None where it is not said."""
-    file = Path(checkpoint) / LAYOUT_FILE
-    if not file.exists():
-        return None
-    layout: dict[str, Any] = {"tp_size": 1, **json.loads(file.read_text())}
-    return layout
 
 
 @contextmanager
@@ -71,12 +60,8 @@ def any_layout(family: Family) -> Iterator[None]:
         if saved is None or saved == here:
             load_own(engine, checkpoint, **options)
             return
-        if max(saved["tp_size"], here["tp_size"]) > 1:
-            raise UserError(
-                f"{checkpoint}: written by another layout ({saved}), and tensor parallelism in it or here "
-                f"(tensor_parallel.autotp_size = {here['tp_size']}): that cannot be resumed yet; go on with the layout "
-                "that wrote it, or start from its export (recipes/export.py)"
-            )
+        if problems := other_layout_problems(checkpoint, here):
+            raise UserError(problems)
         if not dist.is_initialized() or dist.get_rank() == 0:
             logger.warning("resume: %s was written by another layout (%s); it is read into this one", checkpoint, saved)
         load_other_layout(engine, Path(checkpoint), family)
@@ -122,7 +107,7 @@ class _Reader:
     """What this rank's parameters are made of: a block's experts may be spread, stacked or fused, here and there."""
 
     def __init__(self, module: torch.nn.Module, family: Family, states: SavedStates) -> None:
-        self._autoep, self._native = _autoep_layers(module), native_blocks(module)
+        self._autoep, self._native = autoep_layers(module), native_blocks(module)
         self._family, self._states = family, states
 
     def whole(self, name: str, parameter: Any, key: str) -> torch.Tensor:
@@ -262,9 +247,3 @@ def _ep_rank(ep_size: int, group: Any) -> int:
 
 def _shape(parameter: Any) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _autoep_layers(module: torch.nn.Module) -> dict[str, Any]:
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, AutoEPMoELayer)}

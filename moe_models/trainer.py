@@ -33,10 +33,11 @@ from moe_models.checkpoint import export
 from moe_models.checkpoint_engine import EngineSource, is_writer
 from moe_models.families import FAMILIES, Family
 from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
+from moe_models.inputs import LAYOUT_FILE
 from moe_models.moe_schema import Balance
 from moe_models.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.proof import ExportProof, prove_folder, record_logits
-from moe_models.relayout import LAYOUT_FILE, any_layout, describe_engine
+from moe_models.relayout import any_layout, describe_engine
 from moe_models.routing import Routing
 from moe_models.tp_shards import count_every_expert_in_the_norm
 

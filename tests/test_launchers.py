@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,21 @@ def test_every_launcher_trains_the_same(tmp_path: Path) -> None:
         curves[name] = [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
     assert len(curves["deepspeed"]) == 3
     assert curves["torchrun"] == curves["accelerate"] == curves["deepspeed"]
+
+
+def test_a_complete_run_survives_the_teardown_of_its_interpreter() -> None:
+    """Handlers that others register are called, and what would abort the interpreter afterwards is not reached."""
+    script = """
+import atexit, os, finetune
+class Abort:
+    def __del__(self): os._exit(6)
+abort = Abort()
+atexit.register(print, "handler called")
+finetune.complete = {complete}
+"""
+    for complete, code in ((True, 0), (False, 6)):
+        words = [sys.executable, "-c", script.format(complete=complete)]
+        done = subprocess.run(words, cwd=ROOT / "recipes", capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, done.stderr
+        if complete:
+            assert done.stdout == "handler called\n"
