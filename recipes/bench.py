@@ -1,0 +1,270 @@
+"""Layouts side by side: the same model, tokens and optimizer step under several ds_configs and baselines, in one call.
+
+    # 2 GPUs: two layouts of ours and the three baselines, 1 and 4 sequences per GPU
+    python recipes/bench.py --config_name model_configs/bench-mixtral.json --num_gpus 2 --micro_batch 1 4 \\
+        --deepspeed ds_configs/zero1_ep2.json ds_configs/zero1_ep2.json+liger hf_zero3 autoep_stock transformers_ep
+
+    # what MoETrainer costs over a bare deepspeed.initialize loop on the same model and JSON
+    python recipes/bench.py --config_name model_configs/bench-mixtral.json --num_gpus 2 --micro_batch 4 \\
+        --deepspeed ds_configs/zero1_ep2.json bare:ds_configs/zero1_ep2.json
+
+    # no GPU: two CPU processes, to see that it works; the figures mean nothing
+    DS_ACCELERATOR=cpu python recipes/bench.py --config_name model_configs/mixtral-tiny.json --num_gpus 2 \\
+        --seq_length 64 --micro_batch 1 --steps 2 --deepspeed ds_configs/zero1_ep2.json hf_zero3
+
+A ds_config runs through MoETrainer as users run it; baselines by name:
+
+    hf_zero3         the plain HF model under ds_configs/zero3.json, a bare deepspeed.initialize loop
+    autoep_stock     AutoEP at ZeRO-1 with DeepSpeed's defaults, a bare deepspeed.initialize loop
+    transformers_ep  transformers' own expert parallelism (FSDP2)
+    bare:FILE.json   a bare deepspeed.initialize loop with that JSON
+
+`+liger`, `+checkpointing` and `+KEY.KEY=VALUE` of the JSON change a layout. Weights are random, also with
+--model_name_or_path, of which only config.json is read: routers then route near uniformly, and `expert load` says how
+near. Timed are the ends of optimizer steps, clipping and all; the profile is of further steps. Exit code 1 says that a
+row has no figures; the others do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_layouts import BenchLayout, read_layouts
+from bench_report import finish_rows, table, write_report
+from moe_models.errors import UserError, exit_with
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(words: list[str] | None = None) -> int:
+    """Parse, check, measure row by row, report."""
+    args = parse(words)
+    try:
+        with tempfile.TemporaryDirectory(prefix="moe-bench-") as scratch:
+            model_config = read_config(args)
+            check_numbers(args, model_config)
+            layouts = read_layouts(args.deepspeed, model_config, args.num_gpus, Path(scratch))
+            jobs = make_jobs(args, layouts, model_config, Path(scratch))
+            rows = measure(jobs, args, Path(scratch))
+    except UserError as error:
+        exit_with(error)
+    rows = finish_rows(rows, model_config, args.num_gpus)
+    write_report(Path(args.output_dir), rows, vars(args), model_config)
+    print(table(rows))
+    print(f"written: {args.output_dir}/bench.json, bench.md, bench.png, calibration.json")
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+    """The flags."""
+    about, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model_name_or_path", help="Folder or hub id; its config.json is read, weights are random.")
+    model.add_argument("--config_name", help="A config.json, e.g. one of model_configs/.")
+    parser.add_argument("--num_hidden_layers", type=int, help="Another depth than that of config.json.")
+    parser.add_argument("--deepspeed", nargs="+", required=True, metavar="LAYOUT", help="ds_configs and baselines.")
+    parser.add_argument("--num_gpus", type=int, default=2, help="GPUs, or CPU processes where there is none.")
+    parser.add_argument("--seq_length", type=int, default=4096, help="Tokens in a sequence.")
+    parser.add_argument("--micro_batch", type=int, nargs="+", default=[1, 4], help="Sequences per GPU in a forward.")
+    parser.add_argument(
+        "--accumulation", type=int, nargs="+", default=[1],
+        help="Forward passes in an optimizer step: one number, or one for each --micro_batch.",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=8, help="Timed optimizer steps; their median counts.")
+    parser.add_argument("--warmup", type=int, default=3, help="Optimizer steps before them.")
+    parser.add_argument("--profile_steps", type=int, default=2, help="Profiled steps after them; 0 for none.")
+    parser.add_argument("--attn_implementation", default="sdpa", help="As in transformers.")
+    parser.add_argument(
+        "--tokens", choices=("uniform", "zipf"), default="uniform",
+        help="Random ids, all alike or as frequent as words are (token r as often as 1/r).",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="Of weights and tokens.")
+    parser.add_argument("--isolate", action="store_true", help="Fresh processes for each row.")
+    parser.add_argument("--row_timeout", type=float, default=240, help="Seconds after which a row counts as hung.")
+    parser.add_argument("--output_dir", default="out/bench", help="Folder for the report.")
+    return parser.parse_args(words)
+
+
+def read_config(args: argparse.Namespace) -> dict[str, Any]:
+    """config.json with the depth asked for. Raises UserError."""
+    from moe_models.config import read_json
+    from moe_models.inputs import read_model_config
+
+    if args.config_name and Path(args.config_name).is_file():
+        config = read_json(args.config_name)
+    else:
+        config = read_model_config(args.config_name or args.model_name_or_path)
+    return {**config, "num_hidden_layers": args.num_hidden_layers} if args.num_hidden_layers else config
+
+
+def check_numbers(args: argparse.Namespace, model_config: dict[str, Any]) -> None:
+    """Raise UserError for numbers that cannot be."""
+    from moe_models.preflight import length_problems
+    from moe_models.sizes import model_sizes
+
+    problems = [
+        f"--{name} {value}: must be at least {least}"
+        for name, least in (("num_gpus", 1), ("seq_length", 2), ("steps", 1), ("warmup", 1), ("profile_steps", 0))
+        if (value := getattr(args, name)) < least
+    ]
+    for name in ("micro_batch", "accumulation"):
+        problems += [f"--{name} {value}: must be at least 1" for value in getattr(args, name) if value < 1]
+    if len(args.accumulation) not in (1, len(args.micro_batch)):
+        problems.append(
+            f"--accumulation {' '.join(map(str, args.accumulation))}: give one number, or one for each of the "
+            f"{len(args.micro_batch)} --micro_batch"
+        )
+    problems += [
+        line.replace("--max_length", "--seq_length") for line in length_problems(args.seq_length, model_config)
+    ]
+    if problems:
+        raise UserError(problems)
+    model_sizes(model_config)  # refuses what its MFU could not be computed for
+
+
+SHARED = ("seq_length", "steps", "warmup", "profile_steps", "attn_implementation", "tokens", "seed")
+"""Flags that all rows have in common."""
+
+
+def make_jobs(
+    args: argparse.Namespace, layouts: list[BenchLayout], model_config: dict[str, Any], scratch: Path
+) -> list[dict[str, Any]]:
+    """One job for each row of the table. Those of one layout follow each other."""
+    accumulations = args.accumulation * (len(args.micro_batch) if len(args.accumulation) == 1 else 1)
+    jobs: list[dict[str, Any]] = []
+    for layout in layouts:
+        path = scratch / f"layout-{len(jobs)}.json"
+        path.write_text(json.dumps(layout.json))
+        for micro_batch, accumulation in zip(args.micro_batch, accumulations, strict=True):
+            jobs.append(
+                {
+                    "row": len(jobs),
+                    "name": layout.name,
+                    "kind": layout.kind,
+                    "json_path": str(path),
+                    "ep_size": layout.ep_size,
+                    "liger": layout.liger,
+                    "checkpointing": layout.checkpointing,
+                    "micro_batch": micro_batch,
+                    "accumulation": accumulation,
+                    "model_config": model_config,
+                    **{key: getattr(args, key) for key in SHARED},
+                }
+            )
+    return jobs
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def measure(jobs: list[dict[str, Any]], args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """Run all jobs, in as few starts of the launcher as they allow; returns a row for each."""
+    rows: dict[int, dict[str, Any]] = {}
+    waiting = list(jobs)
+    while waiting:
+        batch = next_batch(waiting, args.isolate)
+        code, tail = launch(batch, args, scratch)
+        done = [job for job in batch if (scratch / f"row-{job['row']}.json").exists()]
+        for job in done:
+            rows[job["row"]] = {"status": "ok", **json.loads((scratch / f"row-{job['row']}.json").read_text())}
+        if (code != 0 and len(done) < len(batch)) or not done:
+            failed = batch[len(done)]
+            rows[failed["row"]] = read_error(failed, code, tail, scratch)
+            print(f"row {failed['row']}: {failed['name']}: {rows[failed['row']]['error']}", flush=True)
+        waiting = [job for job in waiting if job["row"] not in rows]
+    keys = ("row", "name", "kind", "micro_batch", "accumulation", "seq_length", "ep_size", "liger", "checkpointing")
+    return [{**{key: job[key] for key in keys}, **rows[job["row"]]} for job in jobs]
+
+
+def next_batch(waiting: list[dict[str, Any]], isolate: bool) -> list[dict[str, Any]]:
+    """The jobs of the next start. Liger's patches stay in a process, so its rows have processes of their own."""
+    if isolate:
+        return waiting[:1]
+    return [job for job in waiting if job["liger"] == waiting[0]["liger"]]
+
+
+def launch(batch: list[dict[str, Any]], args: argparse.Namespace, scratch: Path) -> tuple[int | None, str]:
+    """Start the deepspeed launcher on these jobs. Returns its exit code (None: killed as hung) and its last words."""
+    path = scratch / "jobs.json"
+    path.write_text(json.dumps(batch))
+    log = scratch / f"log-{batch[0]['row']}.txt"
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.num_gpus),
+        "--master_port", str(free_port()), str(HERE / "bench_worker.py"), str(path),
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.getenv("PYTHONPATH")])),
+    }
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        try:
+            code = wait(process, batch, args.row_timeout, scratch)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(15)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+    return code, "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+
+
+def wait(process: subprocess.Popen[Any], batch: list[dict[str, Any]], timeout: float, scratch: Path) -> int | None:
+    """Wait until the launcher ends, or no row came for ``timeout`` seconds; says each row as it comes."""
+    told, last = 0, time.monotonic()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        done = sum((scratch / f"row-{job['row']}.json").exists() for job in batch)
+        for job in batch[told:done]:
+            row = json.loads((scratch / f"row-{job['row']}.json").read_text())
+            print(
+                f"row {job['row']}: {job['name']}, {job['accumulation']} x {job['micro_batch']} sequences: "
+                f"{row['step_seconds'] * 1e3:,.1f} ms a step ({row['wall_seconds']} s)",
+                flush=True,
+            )
+        if done > told:
+            told, last = done, time.monotonic()
+        if process.returncode is not None:
+            return process.returncode
+        if time.monotonic() - last > timeout:
+            return None
+
+
+def read_error(job: dict[str, Any], code: int | None, tail: str, scratch: Path) -> dict[str, Any]:
+    """Why a row has no figures: what its ranks left, or how its processes ended."""
+    found = [json.loads(path.read_text()) for path in sorted(scratch.glob(f"row-{job['row']}.rank*.error"))]
+    short = [error for error in found if error["status"] == "out of memory"]
+    if found:
+        return {**(short or found)[0], "log": tail}
+    if code is None:
+        return {"status": "failed", "error": "no end within --row_timeout; its processes were ended", "log": tail}
+    return {"status": "failed", "error": f"its processes ended with exit code {code} and left no message", "log": tail}
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""Dispatch and combine at the sizes of a model: GB/s that the all-to-all of expert parallelism reaches, and why.
+
+    # 4 GPUs that share the experts; what NVLink allows stands beside what was reached
+    deepspeed --num_gpus 4 recipes/bench_alltoall.py --config_name model_configs/bench-finegrained.json \\
+        --link_gb_per_s 450 --output_dir out/alltoall
+
+    # the routing that a run recorded, layer by layer
+    deepspeed --num_gpus 4 recipes/bench_alltoall.py --config_name ... --routing out/run/expert_load.jsonl
+
+    # no GPU: gloo between CPU processes
+    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 recipes/bench_alltoall.py --config_name model_configs/mixtral-tiny.json \\
+        --seq_length 256 --largest_mib 4
+
+Each rank sends the rows of its tokens, top-k x tokens x hidden, to the ranks that hold their experts, and gets them
+back. With uneven routing the fullest rank sets the time: `busiest` is the GB/s of what it receives. Beside it a sweep
+over message sizes of all-to-all, all-reduce, all-gather and reduce-scatter, and the rates of matrix products and
+memory; all of it goes to calibration.json, which recipes/plan.py takes (docs/calibration.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_report import write
+from moe_models.errors import UserError, exit_with
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def main(words: list[str] | None = None) -> int:
+    """Read, measure, report."""
+    args = parse(sys.argv[1:] if words is None else words)
+    try:
+        model_config, cases = read_inputs(args)
+    except UserError as error:
+        exit_with(error, rank=RANK)
+    device = start()
+    report = measure(args, model_config, cases, device)
+    if RANK == 0:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "alltoall.json", json.dumps(report, indent=1) + "\n")
+        write(folder / "alltoall.md", markdown(report))
+        write(folder / "calibration.json", json.dumps(report["calibration"], indent=1) + "\n")
+        print(markdown(report), f"written: {folder}/alltoall.json, alltoall.md, calibration.json", sep="\n", flush=True)
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The flags."""
+    about, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model_name_or_path", help="Folder or hub id; only its config.json is read.")
+    model.add_argument("--config_name", help="A config.json, e.g. one of model_configs/.")
+    parser.add_argument("--ep_size", type=int, default=WORLD_SIZE, help="Ranks that share the experts (all of them).")
+    parser.add_argument("--seq_length", type=int, default=4096, help="Tokens in a sequence.")
+    parser.add_argument("--micro_batch", type=int, default=1, help="Sequences per GPU.")
+    parser.add_argument(
+        "--skew", type=float, nargs="*", default=[1.25, 1.5, 2.0],
+        help="Uneven cases: load of the fullest rank over the mean.",
+    )  # fmt: skip
+    parser.add_argument("--routing", help="expert_load.jsonl of a run: its last training step, layer by layer.")
+    parser.add_argument(
+        "--link_gb_per_s", type=float, help="10^9 bytes/s that one GPU can send; e.g. 450 for NVLink 4."
+    )
+    parser.add_argument("--largest_mib", type=float, default=512, help="Largest message of the sweep.")
+    parser.add_argument("--repeats", type=int, default=20, help="Calls of which the median counts.")
+    parser.add_argument("--output_dir", default="out/alltoall", help="Folder for the report.")
+    return parser.parse_args([word for word in words if not word.startswith("--local_rank")])
+
+
+def read_inputs(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """(config.json, for each case the share of all routes that each expert gets). Raises UserError."""
+    from moe_models.config import read_json
+    from moe_models.inputs import read_model_config
+    from moe_models.layout import size_problems
+    from moe_models.sizes import model_sizes
+
+    name = args.config_name or args.model_name_or_path
+    config = read_json(name) if Path(name).is_file() else read_model_config(name)
+    sizes = model_sizes(config)
+    problems = list(size_problems(WORLD_SIZE, args.ep_size, names={"ep_size": "--ep_size"}))
+    if not sizes.moe_layers:
+        problems.append(f"{name}: has no MoE layer")
+    elif args.ep_size > 0 and sizes.num_experts % args.ep_size:
+        problems.append(f"--ep_size {args.ep_size}: does not divide the model's {sizes.num_experts} experts")
+    problems += [
+        f"--skew {skew:g}: must be 1 (even) to {args.ep_size} (--ep_size: all on one rank)"
+        for skew in args.skew
+        if not 1 <= skew <= max(args.ep_size, 1)
+    ]
+    for flag in ("seq_length", "micro_batch", "repeats"):
+        problems += [f"--{flag} {getattr(args, flag)}: must be at least 1"] if getattr(args, flag) < 1 else []
+    if "RANK" not in os.environ:
+        problems.append("no RANK in the environment; start it as: deepspeed --num_gpus N recipes/bench_alltoall.py ...")
+    if problems:
+        raise UserError(problems)
+    cases = {"uniform": [1 / sizes.num_experts] * sizes.num_experts}
+    cases |= {f"skew {skew:g}": skewed(sizes.num_experts, args.ep_size, skew) for skew in args.skew}
+    if args.routing:
+        cases |= recorded(args.routing, sizes.num_experts)
+    return config, cases
+
+
+def skewed(experts: int, ep_size: int, skew: float) -> list[float]:
+    """The first rank's experts get ``skew`` times their share, the others what is left."""
+    held = experts // ep_size
+    rest = (ep_size - skew) / (ep_size - 1) if ep_size > 1 else 1.0
+    return [(skew if expert < held else rest) / experts for expert in range(experts)]
+
+
+def recorded(path: str, experts: int) -> dict[str, list[float]]:
+    """Shares of the last training step in an expert_load.jsonl, layer by layer. Raises UserError."""
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        last = [line for line in lines if line["split"] == "train"][-1]
+        counts = {f"step {last['step']}, {layer['layer']}": layer["tokens"] for layer in last["layers"]}
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"--routing {path}: no expert_load.jsonl of a run ({type(error).__name__}: {error})") from error
+    for name, tokens in counts.items():
+        if len(tokens) != experts:
+            raise UserError(f"--routing {path}: {name} has {len(tokens)} experts, the model {experts}")
+    return {name: [count / max(1, sum(tokens)) for count in tokens] for name, tokens in counts.items()}
+
+
+def start() -> Any:
+    """Join the process group; returns this rank's device."""
+    import deepspeed
+    import torch
+
+    from moe_models.cpu import join_cpu_ranks, on_cpu
+
+    if on_cpu():
+        join_cpu_ranks()
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl", verbose=False)
+    return device
+
+
+# ------------------------------------------------------------------------------------------------------ measurement
+
+
+def measure(args: argparse.Namespace, config: dict[str, Any], cases: dict[str, list[float]], device: Any) -> Any:
+    """All figures; collective."""
+    import torch
+    import torch.distributed as dist
+
+    from moe_models.layout import Layout
+    from moe_models.machine import (
+        grouped_matmul_efficiency,
+        matmul_tflops,
+        memory_gb_per_s,
+        reserved_gib,
+        usable_gib,
+    )
+    from moe_models.sizes import model_sizes
+
+    sizes = model_sizes(config)
+    usable = usable_gib(device)
+    rates: dict[str, Any] = {"matmul_tflops": round(matmul_tflops(device), 3)}
+    inner = sizes.expert_size // 3 // sizes.hidden
+    held = sizes.num_experts // args.ep_size
+    most = args.micro_batch * args.seq_length * sizes.top_k * args.ep_size // sizes.num_experts  # evenly routed
+    counts = sorted({max(16, most // 16 // 16 * 16), max(16, most // 4 // 16 * 16), max(16, most // 16 * 16)})
+    rates["grouped_matmul_efficiency"] = grouped_matmul_efficiency(
+        device, sizes.hidden, inner, held, counts, rates["matmul_tflops"]
+    )
+    rates["memory_gb_per_s"] = round(memory_gb_per_s(device), 1)
+    if usable is not None:
+        rates["usable_gib"] = round(usable, 2)
+    group: Any = None
+    for ranks in Layout(WORLD_SIZE, args.ep_size).ep_groups():
+        made = dist.new_group(list(ranks))
+        group = made if RANK in ranks else group
+    rows = args.micro_batch * args.seq_length * sizes.top_k
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    exchanges = [
+        {"case": name, **exchange(shares, rows, sizes.hidden, dtype, group, device, args.repeats)}
+        for name, shares in cases.items()
+    ]
+    links = {
+        name: sweep(name, args.largest_mib, group, device, args.repeats)
+        for name in ("all_to_all", "all_reduce", "all_gather", "reduce_scatter")
+    }
+    outside = reserved_gib(device)
+    if outside is not None:
+        rates["reserved_gib"] = round(outside, 2)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    where = "node" if int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)) % args.ep_size == 0 else "network"
+    said = f"{time.strftime('%Y-%m-%d')}, {WORLD_SIZE} x {name}, EP {args.ep_size}, torch {torch.__version__}"
+    collectives = {key: links[key] for key in ("all_to_all", "all_reduce")} if args.ep_size > 1 else {}
+    return {
+        "measured": said,
+        "asked": vars(args),
+        "sizes": {"hidden": sizes.hidden, "top_k": sizes.top_k, "experts": sizes.num_experts, "rows": rows},
+        "exchanges": exchanges,
+        "sweep": links,
+        "calibration": {"measured": f"{said}: recipes/bench_alltoall.py", **rates, where: collectives},
+    }
+
+
+def splits(shares: list[float], rows: int, ep_size: int) -> list[int]:
+    """Rows of one rank that go to each rank of its group: whole numbers that sum to ``rows``."""
+    held = len(shares) // ep_size
+    wanted = [sum(shares[rank * held : (rank + 1) * held]) * rows for rank in range(ep_size)]
+    sent = [int(value) for value in wanted]
+    order = sorted(range(ep_size), key=lambda rank: sent[rank] - wanted[rank])  # those cut most come first
+    for rank in order[: rows - sum(sent)]:
+        sent[rank] += 1
+    return sent
+
+
+def exchange(
+    shares: list[float], rows: int, hidden: int, dtype: Any, group: Any, device: Any, repeats: int
+) -> dict[str, Any]:
+    """Time of one dispatch and one combine with these shares, and GB/s of the average and of the busiest rank."""
+    import torch
+    import torch.distributed as dist
+
+    ep_size, rank = dist.get_world_size(group), dist.get_rank(group)
+    sent = splits(shares, rows, ep_size)  # the same on every rank
+    received = [sent[rank]] * ep_size
+    x_ND = torch.randn(rows, hidden, dtype=dtype, device=device)
+    there_MD = torch.empty(sum(received), hidden, dtype=dtype, device=device)
+    back_ND = torch.empty_like(x_ND)
+    dispatch = timed(lambda: dist.all_to_all_single(there_MD, x_ND, received, sent, group=group), device, repeats)
+    combine = timed(lambda: dist.all_to_all_single(back_ND, there_MD, sent, received, group=group), device, repeats)
+    row_bytes = hidden * x_ND.element_size()
+    each = sum((rows - own) * row_bytes for own in sent) / ep_size  # what leaves a rank, averaged
+    fullest = max(sent) * (ep_size - 1) * row_bytes  # what reaches the fullest rank
+    return {
+        "max_mean": max(sent) * ep_size / rows,
+        "dispatch_ms": dispatch * 1e3,
+        "combine_ms": combine * 1e3,
+        "mean_sent_mib": each / 2**20,
+        "gb_per_s": each / dispatch / 1e9,
+        "busiest_gb_per_s": max(fullest, each) / dispatch / 1e9,
+        "came_back": bool(torch.equal(x_ND, back_ND)),
+    }
+
+
+def timed(call: Callable[[], object], device: Any, repeats: int) -> float:
+    """Median seconds of a collective, of the slowest rank."""
+    import torch
+    import torch.distributed as dist
+
+    from moe_models.machine import median_seconds
+
+    dist.barrier()
+    seconds = torch.tensor(median_seconds(call, device, repeats), dtype=torch.float64, device=device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return float(seconds)
+
+
+def sweep(name: str, largest_mib: float, group: Any, device: Any, repeats: int) -> list[list[float]]:
+    """``[bytes that one rank puts on the wire, 10^9 bytes a second]`` for payloads of 64 KiB to ``largest_mib``."""
+    import torch
+    import torch.distributed as dist
+
+    g = dist.get_world_size(group)
+    pairs = []
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    payload = 2**16
+    while payload <= max(largest_mib * 2**20, 2**16):
+        count = payload // torch.empty((), dtype=dtype).element_size() // g * g
+        whole = torch.randn(count, dtype=dtype, device=device)
+        other, part = torch.empty_like(whole), torch.empty(count // g, dtype=dtype, device=device)
+        calls: dict[str, Callable[[], object]] = {
+            "all_to_all": lambda whole=whole, other=other: dist.all_to_all_single(other, whole, group=group),  # type: ignore[misc]
+            "all_reduce": lambda whole=whole: dist.all_reduce(whole, group=group),  # type: ignore[misc]
+            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part, group=group),  # type: ignore[misc]
+            "reduce_scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole, group=group),  # type: ignore[misc]
+        }
+        wire = count * whole.element_size() * (g - 1) / g * (2 if name == "all_reduce" else 1)
+        seconds = timed(calls[name], device, max(5, repeats // 2))
+        if g > 1:
+            pairs.append([int(wire), round(wire / seconds / 1e9, 4)])
+        payload *= 8
+    return pairs
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables."""
+    link, sizes = report["asked"]["link_gb_per_s"], report["sizes"]
+
+    def against(rate: float) -> str:
+        return f"{rate:,.1f}" + (f" ({rate / link:.0%})" if link else "")
+
+    lines = [
+        f"# All-to-all: {report['measured']}",
+        "",
+        f"{sizes['rows']} rows of {sizes['hidden']} a rank (top-{sizes['top_k']} of {sizes['experts']} experts)"
+        + (f"; in brackets the share of {link:g} GB/s." if link else "."),
+        "",
+        "| routing | fullest rank / mean | MiB sent | dispatch ms | combine ms | GB/s per rank | GB/s of the busiest |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['case']} | {row['max_mean']:.2f} | {row['mean_sent_mib']:,.1f} | {row['dispatch_ms']:.3f} | "
+        f"{row['combine_ms']:.3f} | {against(row['gb_per_s'])} | {against(row['busiest_gb_per_s'])} |"
+        for row in report["exchanges"]
+    ]
+    lines += ["", "| collective | GB/s by MiB that a rank puts on the wire |", "|---|---|"]
+    lines += [
+        f"| {name.replace('_', '-')} | {'; '.join(f'{wire / 2**20:g}: {against(rate)}' for wire, rate in pairs)} |"
+        for name, pairs in report["sweep"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
