@@ -16,7 +16,7 @@ Pairs = list[list[float]]
 
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = 20, warmup: int = 3) -> float:
     """Median time of ``call``; on CUDA between events on the current stream."""
-    seconds = []
+    seconds: list[float] = []
     for repeat in range(warmup + repeats):
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -24,7 +24,7 @@ def median_seconds(call: Callable[[], object], device: torch.device, repeats: in
             call()
             end.record()  # type: ignore[no-untyped-call]
             end.synchronize()
-            spent = begin.elapsed_time(end) / 1e3  # type: ignore[no-untyped-call]
+            spent = float(begin.elapsed_time(end)) / 1e3  # type: ignore[no-untyped-call]
         else:
             start = time.perf_counter()
             call()

@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,21 @@ HERE = Path(__file__).resolve().parent
 def main(words: list[str] | None = None) -> int:
     """Parse, check, measure row by row, report."""
     args = parse(words)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes below end with this one
     try:
         with tempfile.TemporaryDirectory(prefix="moe-bench-") as scratch:
             model_config = read_config(args)
             check_numbers(args, model_config)
             layouts = read_layouts(args.deepspeed, model_config, args.num_gpus, Path(scratch))
             jobs = make_jobs(args, layouts, model_config, Path(scratch))
-            rows = measure(jobs, args, Path(scratch))
+
+            def report(rows: list[dict[str, Any]]) -> None:
+                finish_rows(rows, model_config, args.num_gpus)
+                write_report(Path(args.output_dir), rows, vars(args), model_config)
+
+            rows = measure(jobs, args, Path(scratch), report)
     except UserError as error:
         exit_with(error)
-    rows = finish_rows(rows, model_config, args.num_gpus)
-    write_report(Path(args.output_dir), rows, vars(args), model_config)
     print(table(rows))
     print(f"written: {args.output_dir}/bench.json, bench.md, bench.png, calibration.json")
     return 0 if all(row["status"] == "ok" for row in rows) else 1
@@ -170,23 +175,29 @@ def make_jobs(
 # ------------------------------------------------------------------------------------------------------- processes
 
 
-def measure(jobs: list[dict[str, Any]], args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+Report = Callable[[list[dict[str, Any]]], None]
+"""Called with the rows so far, so that a call that is cut short leaves what it had."""
+
+
+def measure(
+    jobs: list[dict[str, Any]], args: argparse.Namespace, scratch: Path, report: Report
+) -> list[dict[str, Any]]:
     """Run all jobs, in as few starts of the launcher as they allow; returns a row for each."""
     rows: dict[int, dict[str, Any]] = {}
-    waiting = list(jobs)
-    while waiting:
-        batch = next_batch(waiting, args.isolate)
-        code, tail = launch(batch, args, scratch)
-        done = [job for job in batch if (scratch / f"row-{job['row']}.json").exists()]
-        for job in done:
-            rows[job["row"]] = {"status": "ok", **json.loads((scratch / f"row-{job['row']}.json").read_text())}
-        if (code != 0 and len(done) < len(batch)) or not done:
-            failed = batch[len(done)]
-            rows[failed["row"]] = read_error(failed, code, tail, scratch)
-            print(f"row {failed['row']}: {failed['name']}: {rows[failed['row']]['error']}", flush=True)
-        waiting = [job for job in waiting if job["row"] not in rows]
     keys = ("row", "name", "kind", "micro_batch", "accumulation", "seq_length", "ep_size", "liger", "checkpointing")
-    return [{**{key: job[key] for key in keys}, **rows[job["row"]]} for job in jobs]
+
+    def add(job: dict[str, Any], figures: dict[str, Any]) -> None:
+        rows[job["row"]] = {**{key: job[key] for key in keys}, **figures}
+        report([rows[index] for index in sorted(rows)])
+
+    while waiting := [job for job in jobs if job["row"] not in rows]:
+        batch = next_batch(waiting, args.isolate)
+        code, tail = launch(batch, args, scratch, add)
+        undone = [job for job in batch if job["row"] not in rows]
+        if undone and (code != 0 or len(undone) == len(batch)):
+            add(undone[0], read_error(undone[0], code, tail, scratch))
+            print(f"row {undone[0]['row']}: {undone[0]['name']}: {rows[undone[0]['row']]['error']}", flush=True)
+    return [rows[job["row"]] for job in jobs]
 
 
 def next_batch(waiting: list[dict[str, Any]], isolate: bool) -> list[dict[str, Any]]:
@@ -196,7 +207,9 @@ def next_batch(waiting: list[dict[str, Any]], isolate: bool) -> list[dict[str, A
     return [job for job in waiting if job["liger"] == waiting[0]["liger"]]
 
 
-def launch(batch: list[dict[str, Any]], args: argparse.Namespace, scratch: Path) -> tuple[int | None, str]:
+def launch(
+    batch: list[dict[str, Any]], args: argparse.Namespace, scratch: Path, add: Callable[..., None]
+) -> tuple[int | None, str]:
     """Start the deepspeed launcher on these jobs. Returns its exit code (None: killed as hung) and its last words."""
     path = scratch / "jobs.json"
     path.write_text(json.dumps(batch))
@@ -210,37 +223,40 @@ def launch(batch: list[dict[str, Any]], args: argparse.Namespace, scratch: Path)
         "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.getenv("PYTHONPATH")])),
     }
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        # A group of its own, so that the launcher and its ranks can be ended together; no new session.
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, preexec_fn=os.setpgrp)
         try:
-            code = wait(process, batch, args.row_timeout, scratch)
+            code = wait(process, batch, args.row_timeout, scratch, add)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(15)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return code, "\n".join(log.read_text(errors="replace").splitlines()[-30:])
 
 
-def wait(process: subprocess.Popen[Any], batch: list[dict[str, Any]], timeout: float, scratch: Path) -> int | None:
-    """Wait until the launcher ends, or no row came for ``timeout`` seconds; says each row as it comes."""
-    told, last = 0, time.monotonic()
+def wait(
+    process: subprocess.Popen[Any], batch: list[dict[str, Any]], timeout: float, scratch: Path, add: Callable[..., None]
+) -> int | None:
+    """Wait until the launcher ends, or no row came for ``timeout`` seconds; adds each row as it comes."""
+    waiting, last = list(batch), time.monotonic()
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
-        done = sum((scratch / f"row-{job['row']}.json").exists() for job in batch)
-        for job in batch[told:done]:
-            row = json.loads((scratch / f"row-{job['row']}.json").read_text())
+        ended = process.returncode is not None
+        while waiting and (path := scratch / f"row-{waiting[0]['row']}.json").exists():
+            job, row = waiting.pop(0), json.loads(path.read_text())
+            add(job, {"status": "ok", **row})
             print(
                 f"row {job['row']}: {job['name']}, {job['accumulation']} x {job['micro_batch']} sequences: "
                 f"{row['step_seconds'] * 1e3:,.1f} ms a step ({row['wall_seconds']} s)",
                 flush=True,
             )
-        if done > told:
-            told, last = done, time.monotonic()
-        if process.returncode is not None:
+            last = time.monotonic()
+        if ended:
             return process.returncode
         if time.monotonic() - last > timeout:
             return None

@@ -74,9 +74,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         help="Uneven cases: load of the fullest rank over the mean.",
     )  # fmt: skip
     parser.add_argument("--routing", help="expert_load.jsonl of a run: its last training step, layer by layer.")
-    parser.add_argument(
-        "--link_gb_per_s", type=float, help="10^9 bytes/s that one GPU can send; e.g. 450 for NVLink 4."
-    )
+    parser.add_argument("--link_gb_per_s", type=float, help="10^9 bytes a second that a GPU can send (NVLink 4: 450).")
     parser.add_argument("--largest_mib", type=float, default=512, help="Largest message of the sweep.")
     parser.add_argument("--repeats", type=int, default=20, help="Calls of which the median counts.")
     parser.add_argument("--output_dir", default="out/alltoall", help="Folder for the report.")

@@ -64,8 +64,14 @@ class Clock:
                 self.on_profile()
                 self._start_profiler()
                 self._marks[-1] = self._mark()
-        elif done == self.total and self.profiled:
-            self._read_profile()
+        elif done == self.total and self._profiler is not None:
+            self._wait()
+            profiler, self._profiler = self._profiler, None
+            try:
+                profiler.__exit__(None, None, None)
+                self._read_profile(profiler)
+            except Exception as error:  # of kineto: the times above stand without it
+                self.figures["profile_error"] = f"{type(error).__name__}: {error}"
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -105,10 +111,7 @@ class Clock:
         )
         self._profiler.__enter__()
 
-    def _read_profile(self) -> None:
-        self._wait()
-        profiler, self._profiler = self._profiler, None
-        profiler.__exit__(None, None, None)
+    def _read_profile(self, profiler: Any) -> None:
         whole = self._seconds(self._marks[-1 - self.profiled], self._marks[-1])
         optimizer = sum(self._seconds(start, end) for start, end in self._optimizer_spans)
         self.figures |= {"profiled_step_seconds": whole / self.profiled, "optimizer_share": optimizer / whole}

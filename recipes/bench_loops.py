@@ -128,9 +128,10 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
         callback = _ClockCallback(clock, trainer)
         trainer.add_callback(callback)
         trainer.train()
-        losses = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry]
+        mine = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry][-1]
+        loss = mean_of_ranks(torch.tensor(mine, device=device))  # HF's is this rank's where nothing was logged
         _destroy(trainer.model_wrapped)
-    return {"loss": losses[-1], **callback.load}
+    return {"loss": loss, **callback.load}
 
 
 def _tokenizer() -> Any:

@@ -102,8 +102,8 @@ def write_report(folder: Path, rows: list[dict[str, Any]], asked: dict[str, Any]
     write(folder / "bench.json", json.dumps(report, indent=1) + "\n")
     write(folder / "bench.md", markdown(rows, about, asked))
     if good:
-        draw(folder / "bench.png", good, about, asked)
         write(folder / "calibration.json", json.dumps(calibration(good, about, asked), indent=1) + "\n")
+        draw(folder / "bench.png", good, about, asked)
 
 
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any], asked: dict[str, Any]) -> str:
