@@ -200,16 +200,20 @@ def measure(args: argparse.Namespace, config: dict[str, Any], cases: dict[str, l
     if outside is not None:
         rates["reserved_gib"] = round(outside, 2)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    where = "node" if int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)) % args.ep_size == 0 else "network"
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+    # What a group with several GPUs in each of several nodes reaches is neither the one nor the other.
+    where = "node" if on_node % args.ep_size == 0 else "network" if on_node == 1 else None
     said = f"{time.strftime('%Y-%m-%d')}, {WORLD_SIZE} x {name}, EP {args.ep_size}, torch {torch.__version__}"
-    collectives = {key: links[key] for key in ("all_to_all", "all_reduce")} if args.ep_size > 1 else {}
+    collectives = (
+        {where: {key: links[key] for key in ("all_to_all", "all_reduce")}} if where and args.ep_size > 1 else {}
+    )
     return {
         "measured": said,
         "asked": vars(args),
         "sizes": {"hidden": sizes.hidden, "top_k": sizes.top_k, "experts": sizes.num_experts, "rows": rows},
         "exchanges": exchanges,
         "sweep": links,
-        "calibration": {"measured": f"{said}: recipes/bench_alltoall.py", **rates, where: collectives},
+        "calibration": {"measured": f"{said}: recipes/bench_alltoall.py", **rates, **collectives},
     }
 
 

@@ -81,7 +81,7 @@ def rows(clusters: Callable[[int], Cluster], tmp_path_factory: pytest.TempPathFa
 def test_every_kind_of_row_trains_the_same_function_on_the_same_tokens(rows: list[dict[str, Any]]) -> None:
     # fp32, four steps at a learning rate of 1e-5: what is left is the order of sums.
     assert [row["loss"] for row in rows] == pytest.approx([rows[0]["loss"]] * len(rows), rel=1e-5)
-    assert rows[0]["loss"] == pytest.approx(4.2, abs=0.5)  # ln 64, and a tiny auxiliary loss
+    assert rows[0]["loss"] == pytest.approx(4.5, abs=0.6)  # about ln 64: with these weights nothing is known yet
 
 
 def test_times_and_shares_are_those_of_steps(rows: list[dict[str, Any]]) -> None:
@@ -128,9 +128,8 @@ def test_flops_equal_those_that_torch_counts(model_type: str) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
     sizes = model_sizes(config)
     halved = 6 * sizes.layers * sizes.heads * (sizes.head_dim + sizes.value_dim) * 16 / 2
-    # Eager attention computes the masked half too, and nothing asks for the gradient of the first layer's input, so
-    # that torch counts less for the embedding's products by nothing: there are none.
-    assert counter.get_total_flops() / ids.numel() == pytest.approx(train_flops_per_token(sizes, 16) + halved, rel=0.01)
+    # Eager attention computes the masked half too.
+    assert counter.get_total_flops() / ids.numel() == pytest.approx(train_flops_per_token(sizes, 16) + halved, rel=1e-9)
 
 
 def test_overlapping_spans_count_once() -> None:
