@@ -295,8 +295,20 @@ def _load(stats: LoadStats | None, group: Any = None) -> dict[str, float]:
 
 
 def _destroy(engine: Any) -> None:
-    """Take DeepSpeed's hooks out, which keep the model alive."""
+    """End an engine and empty its tensors.
+
+    DeepSpeed 0.19.8 leaves ZeRO-3's engine in a cycle through autograd that Python's collector does not see, and the
+    next row would start with a full GPU.
+    """
+    optimizer = engine.optimizer
     engine.destroy()
+    for parameter in engine.module.parameters():
+        parameter.grad = None
+        for held in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            held.data = torch.empty(0, dtype=held.dtype, device=held.device)
+    for holder in (getattr(optimizer, "optimizer", None), optimizer):
+        if holder is not None:
+            holder.__dict__.clear()
 
 
 LOOPS = {"trainer": run_trainer, "bare": run_bare, "transformers_ep": run_transformers_ep}
