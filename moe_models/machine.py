@@ -68,7 +68,8 @@ def grouped_matmul_efficiency(
             return torch._grouped_mm(x_TD, w, offs=ends_E)
 
         seconds = median_seconds(product, device, repeats=10)
-        pairs.append([count, round(2.0 * experts * count * hidden * inner / seconds / 1e12 / tflops, 4)])
+        share = 2.0 * experts * count * hidden * inner / seconds / 1e12 / tflops
+        pairs.append([count, min(1.0, float(f"{share:.4g}"))])  # above 1 where the large product was slower
     return pairs
 
 

@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace, config: dict[str, Any], cases: dict[str, l
     inner = sizes.expert_size // 3 // sizes.hidden
     held = sizes.num_experts // args.ep_size
     most = args.micro_batch * args.seq_length * sizes.top_k * args.ep_size // sizes.num_experts  # evenly routed
-    counts = sorted({max(16, most // 16 // 16 * 16), max(16, most // 4 // 16 * 16), max(16, most // 16 * 16)})
+    counts = sorted({max(16, int(most * part) // 16 * 16) for part in (1 / 16, 1 / 4, 1, 4)})
     rates["grouped_matmul_efficiency"] = grouped_matmul_efficiency(
         device, sizes.hidden, inner, held, counts, rates["matmul_tflops"]
     )
@@ -292,7 +292,7 @@ def sweep(name: str, largest_mib: float, group: Any, device: Any, repeats: int) 
         wire = count * whole.element_size() * (g - 1) / g * (2 if name == "all_reduce" else 1)
         seconds = timed(calls[name], device, max(5, repeats // 2))
         if g > 1:
-            pairs.append([int(wire), round(wire / seconds / 1e9, 4)])
+            pairs.append([int(wire), float(f"{wire / seconds / 1e9:.4g}")])
         payload *= 8
     return pairs
 

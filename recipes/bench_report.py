@@ -22,7 +22,8 @@ COLUMNS = {
     "MFU": "share of the rate that a large bf16 matrix product reached on this machine (CPU: fp32), by the FLOP that "
     "the model's mathematics asks for",
     "peak GiB": "most that torch had allocated / reserved on a GPU from the first optimizer step on",
-    "communication": "share of a profiled step in which NCCL kernels ran / of which no other kernel hid",
+    "communication": "share of a profiled step in which NCCL kernels ran, waiting for other ranks included / that no "
+    "other kernel hid",
     "optimizer": "share inside optimizer.step: norm, clipping, update, and ZeRO's gather of the new weights",
     "expert load": "tokens of the fullest expert over the mean, averaged over layers",
     "loss": "mean over all steps: layouts that compute the same function agree",
