@@ -24,6 +24,7 @@ COLUMNS = {
     "peak GiB": "most that torch had allocated / reserved on a GPU from the first optimizer step on",
     "communication": "share of a profiled step in which NCCL kernels ran, waiting for other ranks included / that no "
     "other kernel hid",
+    "idle": "share of a profiled step in which the GPU ran no kernel, because the host was not ahead of it",
     "optimizer": "share inside optimizer.step: norm, clipping, update, and ZeRO's gather of the new weights",
     "expert load": "tokens of the fullest expert over the mean, averaged over layers",
     "loss": "mean over all steps: layouts that compute the same function agree",
@@ -76,6 +77,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         show("mfu", ".1%"),
         pair("peak_allocated_gib", "peak_reserved_gib", ".1f"),
         pair("communication_share", "exposed_communication_share", ".0%"),
+        show("idle_share", ".0%"),
         show("optimizer_share", ".0%"),
         show("expert_load_max", ".2f"),
         show("loss", ".4f"),
