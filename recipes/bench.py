@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def main(words: list[str] | None = None) -> int:
             model_config = read_config(args)
             check_numbers(args, model_config)
             layouts = read_layouts(args.deepspeed, model_config, args.num_gpus, Path(scratch))
+            if any(layout.liger for layout in layouts) and find_spec("liger_kernel") is None:
+                raise UserError("+liger: liger-kernel is not installed; pip install liger-kernel (needs a GPU)")
             jobs = make_jobs(args, layouts, model_config, Path(scratch))
 
             def report(rows: list[dict[str, Any]]) -> None:

@@ -99,7 +99,10 @@ def _read(word: str, model_config: Mapping[str, Any], world_size: int, scratch: 
             _set(raw, change, word)
     path = scratch / f"{name.replace('/', '_').replace(':', '_')}.json"
     path.write_text(json.dumps(raw, indent=2))
-    ds = load_ds_config(str(path))
+    try:
+        ds = load_ds_config(str(path))
+    except UserError as error:  # it names the changed copy; the user wrote `word`
+        raise UserError(problem.replace(f"{path}: ", f"{word}: ") for problem in error.problems) from error
     problems = check_run(ds, model_config, world_size) + _not_here(ds, kind)
     if problems:
         raise UserError(f"{word}: {problem}" for problem in problems)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_models import collectives
 from moe_models.errors import UserError
 from moe_models.flops import train_flops_per_token
 from moe_models.sizes import model_sizes
@@ -221,37 +222,34 @@ def test_a_layout_without_memory_is_told_and_the_others_stand(tmp_path: Path) ->
 
 
 def test_splits_follow_the_shares_and_lose_no_row() -> None:
-    alltoall = recipe("bench_alltoall")
-    assert alltoall.splits([0.25] * 4, 10, 2) == [5, 5]
-    for shares in (alltoall.skewed(8, 4, 2.0), [0.4, 0.3, 0.2, 0.05, 0.05, 0, 0, 0]):
-        sent = alltoall.splits(shares, 1001, 4)
+    assert collectives.splits([0.25] * 4, 10, 2) == [5, 5]
+    for shares in (collectives.skewed(8, 4, 2.0), [0.4, 0.3, 0.2, 0.05, 0.05, 0, 0, 0]):
+        sent = collectives.splits(shares, 1001, 4)
         assert sum(shares) == pytest.approx(1)
         assert sum(sent) == 1001
         for rank in range(4):
             assert abs(sent[rank] - 1001 * sum(shares[2 * rank : 2 * rank + 2])) < 1
-    assert max(alltoall.splits(alltoall.skewed(8, 4, 2.0), 1000, 4)) == 500
+    assert max(collectives.splits(collectives.skewed(8, 4, 2.0), 1000, 4)) == 500
 
 
 def test_a_recorded_routing_is_replayed(tmp_path: Path) -> None:
-    alltoall = recipe("bench_alltoall")
     file = tmp_path / "expert_load.jsonl"
     layers = [{"layer": "model.layers.0.mlp", "tokens": [3, 1, 0, 0]}]
     lines = [
         {"step": step, "split": split, "layers": layers} for step, split in ((1, "train"), (2, "train"), (2, "eval"))
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert alltoall.recorded(str(file), 4) == {"step 2, model.layers.0.mlp": [0.75, 0.25, 0, 0]}
+    assert collectives.recorded(str(file), 4) == {"step 2, model.layers.0.mlp": [0.75, 0.25, 0, 0]}
     for experts, path in ((8, file), (4, tmp_path / "none")):
         with pytest.raises(UserError):
-            alltoall.recorded(str(path), experts)
+            collectives.recorded(str(path), experts)
 
 
 def exchange_and_sweep() -> tuple[dict[str, Any], list[list[float]]]:
-    alltoall = recipe("bench_alltoall")
-    shares, device = alltoall.skewed(4, 2, 1.5), torch.device("cpu")
+    shares, device = collectives.skewed(4, 2, 1.5), torch.device("cpu")
     return (
-        alltoall.exchange(shares, 64, 16, torch.float32, None, device, 2),
-        alltoall.sweep("all_reduce", 0.5, None, device, 2),
+        collectives.exchange(shares, 64, 16, torch.float32, None, device, 2),
+        collectives.sweep("all_reduce", 0.5, None, device, 2),
     )
 
 
