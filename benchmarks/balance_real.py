@@ -71,7 +71,8 @@ def finetune(model: Path, out: Path, balance: dict[str, Any], args: argparse.Nam
         "learning_rate": args.learning_rate, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2,
         "logging_steps": max(1, args.steps // 40), "save_strategy": "no", "report_to": "none", "seed": args.seed,
     }  # fmt: skip
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "2"]
+    where = ["--include", args.include] if args.include else ["--num_gpus", "2"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *where]
     command = [*launcher, "--master_port", str(free_port()), str(ROOT / "recipes" / "finetune.py")]
     command += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--strength", type=float, default=2.0, help="logits added to the favoured experts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--include", help="which two GPUs, as the launcher takes it: localhost:2,3")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args()
     print(

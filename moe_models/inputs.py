@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +75,6 @@ def saved_layout(checkpoint: str | Path) -> dict[str, Any] | None:
     """The layout that wrote ``checkpoint``; None where it is not said."""
     file = Path(checkpoint) / LAYOUT_FILE
     return {"tp_size": 1, **read_json(file)} if file.is_file() else None
-
-
-def other_layout_problems(checkpoint: str | Path, here: Mapping[str, Any]) -> list[str]:
-    """Problems with resuming ``checkpoint`` in the layout ``here`` (the keys of layout.json, or some of them)."""
-    saved = saved_layout(checkpoint)
-    if saved is None or all(saved.get(key) == value for key, value in here.items()):
-        return []
-    if max(saved["tp_size"], here["tp_size"]) == 1:
-        return []
-    return [
-        f"{checkpoint}: written by another layout ({saved}), and tensor parallelism in it or here "
-        f"(tensor_parallel.autotp_size = {here['tp_size']}): that cannot be resumed yet; go on with the layout that "
-        "wrote it, or start from its export (recipes/export.py)"
-    ]
 
 
 def check_dataset_path(name: str | Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint of another layout: other ranks, ZeRO stage, EP size, AutoEP, native or plain blocks.
+"""Going on from a checkpoint of another layout: ranks, ZeRO stage, EP or TP size, AutoEP, native or plain blocks.
 
 DeepSpeed's way is a conversion of the checkpoint (``ds_to_universal``) that its ZeRO-3 loader then cannot read when
 ZeRO 1 or 2 wrote it. Here nothing is converted and nothing written: every rank reads the tensors it needs whole, one
@@ -23,9 +23,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from moe_models.autoep import autoep_layers
 from moe_models.errors import UserError
 from moe_models.families import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, Family
-from moe_models.inputs import other_layout_problems, saved_layout
+from moe_models.inputs import saved_layout
 from moe_models.native import native_blocks
 from moe_models.saved_states import KEYS, WEIGHT, SavedStates
+from moe_models.tp_shards import own_shard
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,6 @@ def any_layout(family: Family) -> Iterator[None]:
         if saved is None or saved == here:
             load_own(engine, checkpoint, **options)
             return
-        if problems := other_layout_problems(checkpoint, here):
-            raise UserError(problems)
         if not dist.is_initialized() or dist.get_rank() == 0:
             logger.warning("resume: %s was written by another layout (%s); it is read into this one", checkpoint, saved)
         load_other_layout(engine, Path(checkpoint), family)
@@ -86,7 +85,7 @@ def load_other_layout(engine: Any, checkpoint: Path, family: Family) -> None:
     reader = _Reader(engine.module, family, states)
     for name, parameter in engine.module.named_parameters():
         for key in KEYS if parameter.requires_grad else (WEIGHT,):
-            value = reader.whole(name, parameter, key)
+            value = own_shard(reader.whole(name, parameter, key), parameter)
             if value.shape != _shape(parameter):
                 raise UserError(f"{checkpoint}: {name} has shape {list(value.shape)}, here {list(_shape(parameter))}")
             if key in ("fp32", WEIGHT):

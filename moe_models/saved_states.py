@@ -4,6 +4,8 @@ A checkpoint keeps three fp32 numbers per weight: the master weight and Adam's t
 parameter groups (ZeRO 1 and 2: any fragment of a parameter may lie on any rank; ZeRO-3: an equal share on each).
 :class:`SavedStates` puts the partitions of one parameter together when asked for it. Nothing is converted or written;
 files are memory-mapped and read as plain tensors (:func:`moe_models.checkpoint_folder.load_states`).
+
+Ranks are numbered as they were started: rank r is peer ``r % tp_size`` of data-parallel rank ``r // tp_size``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from moe_models.checkpoint_folder import FolderSource, find_step_folder, load_st
 from moe_models.errors import UserError
 from moe_models.families import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, Family
 from moe_models.layout import Layout
+from moe_models.tp_shards import join_saved
 
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 """Master weight, first and second moment."""
@@ -40,12 +43,13 @@ class SavedStates:
         self._weights = FolderSource(checkpoint, family)
         self._step = find_step_folder(checkpoint)
         models = sorted(
-            (path for path in self._step.glob("*mp_rank_00_model_states.pt") if "_expert_" not in path.name),
-            key=_rank_in,
+            (path for path in self._step.glob("*model_states.pt") if "_expert_" not in path.name), key=_numbers_in
         )
-        self.counters = {key: value for key, value in load_states(models[0]).items() if key != "module"}
-        self.world_size = int(self.counters["dp_world_size"])
-        files = sorted(self._step.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=_rank_in)
+        self._models = [load_states(path) for path in models]
+        self.counters = {key: value for key, value in self._models[0].items() if key != "module"}
+        self.tp_size = int(self.counters.get("mp_world_size") or 1)
+        self.world_size = int(self.counters["dp_world_size"]) * self.tp_size
+        files = sorted(self._step.glob("*zero_pp_rank_*_optim_states.pt"), key=_numbers_in)
         if len(files) != self.world_size:
             raise UserError(
                 f"{self._step}: {len(files)} of {self.world_size} optimizer files are there; the checkpoint is "
@@ -53,8 +57,8 @@ class SavedStates:
             )
         self._optimizers = [load_states(path)["optimizer_state_dict"] for path in files]
         self.zero_stage = int(self._optimizers[0]["zero_stage"])
-        # Under ZeRO-3 every rank has model states of its own; before, one file speaks for all.
-        self._shapes = [_shapes(load_states(path)) for path in models] * (self.world_size // len(models))
+        # Under ZeRO-3 every rank has model states of its own; before, the file of a TP peer speaks for all its ranks.
+        self._shapes = [_shapes(states) for states in self._models] * (self.world_size // len(models))
         self._names = {family.autoep_to_module(name): name for name in self._shapes[0]}
         self._layers = {entry["module_path"]: entry for entry in self.counters.get("ds_autoep_layers") or []}
         self._native = _native_sizes(self._shapes[0])
@@ -75,7 +79,9 @@ class SavedStates:
         """The tensor with this module-layout name, whole; fp32 but for the weight."""
         if key == WEIGHT:
             return self._weights.dense(name)
-        return self._join(self._stored(name), 0, key)
+        stored = self._stored(name)
+        shards = [self._join(stored, peer, key) for peer in range(self.tp_size)]
+        return join_saved(stored, shards, self._models[0])
 
     def expert(self, block: str, projection: str, expert: int, key: str) -> torch.Tensor:
         """One expert's [F, D] (gate, up) or [D, F] (down); fp32 but for the weight."""
@@ -133,8 +139,8 @@ class SavedStates:
         ep_size = int(self._layers[block]["ep_size"]) if block in self._layers else 1
         if block in self._native:
             ep_size = self._weights.num_experts(block) // self._native[block]
-        if block == stored or ep_size == 1:
-            return tuple(range(self.world_size))
+        if block == stored:
+            return tuple(range(rank % self.tp_size, self.world_size, self.tp_size))
         return next(group for group in Layout(self.world_size, ep_size).edp_groups() if rank in group)
 
     def _base(self, rank: int) -> Mapping[str, Any]:
@@ -189,6 +195,7 @@ def _native_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     return sizes
 
 
-def _rank_in(path: Path) -> int:
-    found = re.search(r"zero_pp_rank_(\d+)_", path.name)
-    return int(found[1]) if found else 0
+def _numbers_in(path: Path) -> tuple[int, int]:
+    """Data-parallel rank (0 where one file speaks for all) and number of the tensor-parallel peer."""
+    rank, peer = re.search(r"zero_pp_rank_(\d+)_", path.name), re.search(r"mp_rank_(\d+)_", path.name)
+    return int(rank[1]) if rank else 0, int(peer[1]) if peer else 0

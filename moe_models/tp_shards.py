@@ -45,6 +45,17 @@ def split_dimension(parameter: torch.Tensor) -> int | None:
     return dimension
 
 
+def own_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """What of ``whole`` this rank's ``parameter`` holds: all of it, or the shard that AutoTP gave this peer."""
+    mark = getattr(parameter, _PARAMETER_MARK, None)
+    if not mark or not mark["partition_sizes"]:
+        return whole
+    from deepspeed.utils import groups
+
+    sizes, peer = list(mark["partition_sizes"]), groups.get_tensor_model_parallel_rank()
+    return whole.narrow(mark["partition_dim"], sum(sizes[:peer]), sizes[peer])
+
+
 def join_on_rank_0(shard: torch.Tensor, dimension: int) -> torch.Tensor | None:
     """The whole tensor on rank 0's CPU, None elsewhere; collective over the tensor-parallel group of rank 0."""
     from deepspeed.utils import groups

@@ -7,6 +7,7 @@ and accelerate. What is added here, and why:
 - Checkpoints during training hold DeepSpeed's states and no HF weights, and appear under their final name only when
   every rank has finished writing.
 - A loss, gradient or weight that is not finite ends the run before it can reach a checkpoint.
+- Weight decay spares norms and biases, as it does in a Trainer without DeepSpeed.
 - After ``deepspeed.initialize`` the AutoEP blocks are counted.
 - A checkpoint of another layout can be resumed (``moe_models/relayout.py``).
 - Native layers (``moe_models/native.py``): their own balancing loss joins the loss, and their drop rate is logged.
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import DummyOptim
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
@@ -119,6 +121,21 @@ class MoETrainer(SFTTrainer):
         if resumed is not None:
             self.routing.load(Path(resumed))
         return prepared
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As in HF; the optimizer of the ds_config JSON gets HF's two groups, where HF would decay every weight."""
+        optimizer = super().create_optimizer(model)
+        if isinstance(optimizer, DummyOptim):
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups: dict[str, dict[str, Any]] = {
+                "decayed": {"name": "decayed", "params": []},  # by as much as the JSON or --weight_decay says
+                "spared": {"name": "spared", "params": [], "weight_decay": 0.0},
+            }
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    groups["decayed" if name in decayed else "spared"]["params"].append(parameter)
+            optimizer.params = [group for group in groups.values() if group["params"]]
+        return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add how evenly tokens were spread: see :data:`moe_models.load_stats.LOGGED`."""

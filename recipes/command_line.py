@@ -75,8 +75,6 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
             problems += error.problems
     if ds is not None and model_config is not None:
         problems += check_run(ds, model_config, WORLD_SIZE)
-    if ds is not None and not told:
-        problems += resume_problems(given, ds)
     problems += refused_flags(given, model_config or {}, ds)
     if problems or told or ds is None or model_config is None:
         raise UserError(problems)
@@ -210,18 +208,6 @@ def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str
     except ValueError as error:
         problems.append(f"--export_max_shard_size {error}")
     return problems
-
-
-def resume_problems(given: Any, ds: Any) -> list[str]:
-    """Whether the checkpoint that the run is to go on from can be read in this layout."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from moe_models.inputs import other_layout_problems
-
-    wanted = resume_value(given.resume_from_checkpoint)
-    checkpoint = get_last_checkpoint(given.output_dir) if wanted is True else wanted
-    here = {"world_size": WORLD_SIZE, "zero_stage": ds.zero_stage, "ep_size": ds.ep_size, "tp_size": ds.tp_size}
-    return other_layout_problems(checkpoint, here) if checkpoint else []
 
 
 def resume_value(value: str | None) -> bool | str | None:

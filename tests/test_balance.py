@@ -99,9 +99,7 @@ def reference(
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     E, K = model.config.num_local_experts, model.config.num_experts_per_tok
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=parity.LEARNING_RATE, eps=parity.ADAM_EPS, weight_decay=parity.WEIGHT_DECAY
-    )
+    optimizer = parity.adamw(model)
 
     def hf(logits: tuple[Any, ...], mask: Any) -> Any:
         if per_layer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,44 @@ def test_each_zero_stage_trains_exports_and_reloads(inputs: tuple[Path, Path], t
     for name, curve in curves.items():
         worst = max(abs(a - b) / b for a, b in zip(curve, curves["zero3"], strict=True))
         assert worst < 0.02, (name, worst, curves)
+
+
+@pytest.mark.gpu(2)
+def test_native_layers_are_the_same_function(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same flags with DeepSpeed's explicit layers instead of AutoEP: the same curve, a folder that reloads."""
+    curves = {}
+    for name in ("zero1_ep2", "zero1_ep2_native"):
+        summary = finetune(*inputs, tmp_path / name, f"ds_configs/{name}.json")
+        assert summary["verified"]["missing_keys"] == summary["verified"]["unexpected_keys"] == 0
+        curves[name] = losses(tmp_path / name)
+        print(name, json.dumps(summary))
+    worst = max(abs(a - b) / b for a, b in zip(*curves.values(), strict=True))
+    assert worst < 0.02, (worst, curves)  # as above; the layers multiply in another order, in bf16
+
+
+@pytest.mark.gpu(2)
+def test_a_checkpoint_goes_on_in_another_layout(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """ZeRO-1 with EP 2, then ZeRO-3 without EP: the last steps as if never stopped, with DeepSpeed's FusedAdam."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    finetune(*inputs, whole, "ds_configs/zero1_ep2.json", "--save_steps", "6")
+    shutil.copytree(whole / "checkpoint-6", moved / "checkpoint-6")
+    flags = ("--save_steps", "6", "--resume_from_checkpoint", str(moved / "checkpoint-6"))
+    finetune(*inputs, moved, "ds_configs/zero3.json", *flags)
+    curves = losses(whole), losses(moved)
+    print(curves)
+    assert curves[0][:6] == curves[1][:6]  # those were read with the checkpoint
+    worst = max(abs(a - b) / a for a, b in zip(*curves, strict=True))
+    # A wrong step count would make Adam's first steps up to three times too long: far more than bf16 rounds.
+    assert worst < 0.005, (worst, curves)
+
+
+@pytest.mark.gpu(4)
+def test_tensor_and_expert_parallelism_are_the_same_function(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """TP 2 x EP 2 on 4 GPUs is EP 2 on 2, with the same global batch: the same curve."""
+    finetune(*inputs, tmp_path / "ep", "ds_configs/zero1_ep2.json")
+    summary = finetune(*inputs, tmp_path / "tp", "ds_configs/zero1_ep2_tp2.json", gpus=4)
+    assert summary["verified"]["missing_keys"] == summary["verified"]["unexpected_keys"] == 0
+    curves = losses(tmp_path / "ep"), losses(tmp_path / "tp")
+    print(json.dumps(summary), curves)
+    worst = max(abs(a - b) / a for a, b in zip(*curves, strict=True))
+    assert worst < 0.02, (worst, curves)

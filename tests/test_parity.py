@@ -148,13 +148,14 @@ def test_the_same_command_with_each_json_gives_the_same_curve(
         assert relative(result["grad_norm"], baseline["grad_norm"]) < NORM_TOLERANCE, layout
 
 
-FAULTS = ("aux loss doubled", "experts left out of the norm", "only rank 0's experts exported")
+FAULTS = ("aux loss doubled", "experts left out of the norm", "only rank 0's experts exported", "norms decay")
 
 
 def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """`parity.train_case` on a rank where one thing is wrong, in the ways stacks of this field got it wrong."""
     import torch
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from trl import SFTTrainer
 
     from moe_models import checkpoint_engine
     from moe_models.trainer import MoETrainer
@@ -176,6 +177,7 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         FAULTS[0]: (MoETrainer, "compute_loss", double_aux_loss),
         FAULTS[1]: (DeepSpeedZeroOptimizer, "get_grad_norm_direct", norm_without_experts),
         FAULTS[2]: (checkpoint_engine, "_gather_to_writer", rank_0_twice),
+        FAULTS[3]: (MoETrainer, "create_optimizer", SFTTrainer.create_optimizer),
     }[fault]
     with parity.planted(owner, name, wrong):
         return parity.train_case(*args, **kwargs)

@@ -21,18 +21,24 @@ from moe_models.errors import UserError
 from tests import parity
 from tests.cluster import Cluster
 from tests.recipe import ROOT, command, curve, largest_difference, save_model, text_rows, train_in_cluster, write_jsonl
+from tests.test_tensor_parallel import tp_config
 
 Clusters = Callable[[int], Cluster]
 
+Where = tuple[Any, ...]
+"""(ranks, ZeRO stage, experts, EP), and TP where there is any."""
 
-def layout(stage: int, experts: str, ep_size: int = 1) -> dict[str, Any]:
+
+def layout(stage: int, experts: str, ep_size: int = 1, tp_size: int = 1) -> dict[str, Any]:
+    if tp_size > 1:
+        return tp_config(stage, ep_size)
     if experts == "native":
         return parity.ds_config(stage, None, moe={"layer": {"ep_size": ep_size}})
     return parity.ds_config(stage, ep_size if experts == "autoep" else None)
 
 
-# (ranks, ZeRO stage, experts, EP) of the first half and of the second
-MOVES = [
+# Where the first half runs, and where the second
+MOVES: list[tuple[Where, Where]] = [
     ((2, 1, "autoep", 2), (4, 2, "autoep", 4)),
     ((4, 1, "autoep", 4), (2, 1, "autoep", 1)),
     ((4, 1, "autoep", 2), (2, 1, "autoep", 2)),
@@ -45,14 +51,20 @@ MOVES = [
     ((2, 1, "native", 2), (2, 1, "autoep", 2)),
     ((2, 2, "autoep", 2), (2, 1, "native", 2)),
     ((2, 1, "native", 2), (4, 2, "native", 4)),
+    ((4, 1, "autoep", 2, 2), (2, 1, "autoep", 2)),
+    ((2, 3, "autoep", 2), (4, 2, "autoep", 4, 2)),
+    ((4, 2, "autoep", 4, 2), (2, 1, "native", 2)),
 ]
 
 
-DAILY = (0, 3, 6, 9)
+DAILY = (0, 3, 6, 9, 12)
 
 
 def name_of(move: Any) -> str:
-    return "-to-".join(f"{ranks}x-zero{stage}-{experts}{ep}" for ranks, stage, experts, ep in move)
+    def one(ranks: int, stage: int, experts: str, ep_size: int, tp_size: int = 1) -> str:
+        return f"{ranks}x-zero{stage}-{experts}{ep_size}" + (f"-tp{tp_size}" if tp_size > 1 else "")
+
+    return "-to-".join(one(*where) for where in move)
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +79,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(
-    cluster: Cluster, model: Path, data: Path, out: Path, where: tuple[int, int, str, int],
+    cluster: Cluster, model: Path, data: Path, out: Path, where: Where,
     run: Callable[..., Any] = train_in_cluster, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     ranks, *rest = where
+    replicas = ranks // (rest[3] if len(rest) > 3 else 1)  # tensor-parallel peers read the same rows
     config = out.with_suffix(".json")
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(json.dumps(layout(*rest)))
     flags: dict[str, Any] = {
-        "per_device_train_batch_size": 4 // ranks, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": 4 // replicas, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
         "weight_decay": 0.1, "adam_epsilon": parity.ADAM_EPS, "max_grad_norm": 0.5, "max_steps": 6, "save_steps": 3,
         # The micro-batch is another one with other ranks, and with it Hugging Face's auxiliary loss.
         "router_aux_loss_coef": 0.0, "logging_steps": 1, "report_to": "none", **more,
@@ -89,7 +102,7 @@ def straight(clusters: Clusters, model: Path, data: Path, tmp_path_factory: pyte
     """The uninterrupted run of a layout, made once."""
     made: dict[Any, tuple[Path, dict[str, Any]]] = {}
 
-    def get(where: tuple[int, int, str, int]) -> tuple[Path, dict[str, Any]]:
+    def get(where: Where) -> tuple[Path, dict[str, Any]]:
         if where not in made:
             out = tmp_path_factory.mktemp("straight") / "out"
             made[where] = out, train(clusters(where[0]), model, data, out, where)
@@ -146,28 +159,41 @@ def resume_with_fault(fault: str, arguments: list[str]) -> dict[str, Any]:
     def first_experts(self: Any, block: str, projection: str, expert: int, key: str) -> Any:
         return expert_of(self, block, projection, 0, key)
 
+    def first_shard(whole: Any, parameter: Any) -> Any:
+        own = shard_of(whole, parameter)
+        return own if own.shape == whole.shape else whole[tuple(slice(size) for size in own.shape)]
+
+    shard_of = relayout.own_shard
     right, expert_of = SavedStates.dense, SavedStates.expert
     owner, name, wrong = {
         "moments start anew": (SavedStates, "dense", no_moments),
         "every expert is the first": (SavedStates, "expert", first_experts),
         "steps start anew": (relayout, "_set_step", lambda optimizer, step: None),
         "schedule starts anew": (relayout, "_resume_schedule", lambda scheduler, saved: None),
+        "every peer has the first shard": (relayout, "own_shard", first_shard),
     }[fault]
     with parity.planted(owner, name, wrong):
         return train_in_cluster(arguments)
 
 
 @pytest.mark.parametrize(
-    "fault", ["moments start anew", "every expert is the first", "steps start anew", "schedule starts anew"]
+    ("fault", "second"),
+    [
+        ("moments start anew", (2, 3, "autoep", 2)),
+        ("every expert is the first", (2, 3, "autoep", 2)),
+        ("steps start anew", (2, 3, "autoep", 2)),
+        ("schedule starts anew", (2, 3, "autoep", 2)),
+        ("every peer has the first shard", (4, 1, "autoep", 2, 2)),
+    ],
 )
 def test_planted_faults_are_seen(
-    fault: str, straight: Any, clusters: Clusters, model: Path, data: Path, tmp_path: Path
+    fault: str, second: Where, straight: Any, clusters: Clusters, model: Path, data: Path, tmp_path: Path
 ) -> None:
-    first, second = (2, 1, "autoep", 2), (2, 3, "autoep", 2)
+    first = (2, 1, "autoep", 2)
     folder, expected = straight(first)
     shutil.copytree(folder / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
     resumed = train(
-        clusters(2), model, data, tmp_path / "out", second, run=partial(resume_with_fault, fault),
+        clusters(second[0]), model, data, tmp_path / "out", second, run=partial(resume_with_fault, fault),
         resume_from_checkpoint="true",
     )  # fmt: skip
     before, after = curve(expected, "loss", "learning_rate"), curve(resumed, "loss", "learning_rate")
