@@ -217,8 +217,10 @@ def launch(
     path = scratch / "jobs.json"
     path.write_text(json.dumps(batch))
     log = scratch / f"log-{batch[0]['row']}.txt"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # the launcher would not heed it beside --num_gpus
+    where = ["--include", f"localhost:{visible}"] if visible else ["--num_gpus", str(args.num_gpus)]
     command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.num_gpus),
+        sys.executable, "-m", "deepspeed.launcher.runner", *where,
         "--master_port", str(free_port()), str(HERE / "bench_worker.py"), str(path),
     ]  # fmt: skip
     environment = {
