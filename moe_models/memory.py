@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil, log, prod
 from typing import Any, Literal
 
@@ -114,7 +114,7 @@ class StateBytes:
     """Weights, gradients and optimizer states of one rank. Sizes count elements."""
 
     def __init__(self, ds: DsConfig, sizes: ModelSizes, layout: Layout) -> None:
-        self.share = share_of_one_rank(ds, sizes, layout)
+        self.share, self.sizes = share_of_one_rank(ds, sizes, layout), sizes
         self.stage, self.spread = ds.zero_stage, ds.expert_parallel is not None or ds.moe.layer is not None
         self.ranks, self._layout = layout.zero_size, layout
         self.copies = layout.edp_size if self.spread else layout.zero_size  # ranks that hold the same experts
@@ -144,6 +144,7 @@ class StateBytes:
         experts = expert_groups(self.expert_tensors[0], len(self.expert_tensors))
         return [(self.dense_tensors, self.ranks), *((group, self.copies) for group in experts)]
 
+    @cached_property
     def whole_gradients(self) -> int:
         """Elements of the gradients that touch the partition of the rank that has most (ZeRO 1 and 2)."""
         (dense, ranks), *experts = self.groups()
@@ -154,6 +155,7 @@ class StateBytes:
         world, layout = self._layout.world_size, self._layout
         return max(held[rank // layout.tp_size] + summed[rank // layout.ep_size] for rank in range(world))
 
+    @cached_property
     def step_temporaries(self) -> int:
         """Bytes at the optimizer's step: fp32 gradients and their flat bf16 copy, or an fp64 copy for the norm."""
         if self.stage == 3:
@@ -215,9 +217,9 @@ def saved_by_layer(sizes: ModelSizes, layout: Layout, work: Work, *, spread: boo
     )
 
 
-def peak_memory(
+def memory_moments(
     ds: DsConfig,
-    sizes: ModelSizes,
+    states: StateBytes,
     layout: Layout,
     work: Work,
     *,
@@ -225,9 +227,9 @@ def peak_memory(
     loss: Loss = "chunked",
     skew: float = 1.0,
     liger: bool = False,
-) -> Memory:
-    """The fullest moment of a training step on one rank, bf16 with AdamW (DeepSpeed's fused kernel)."""
-    states, zero = StateBytes(ds, sizes, layout), ds.raw.get("zero_optimization", {})
+) -> list[Memory]:
+    """The three moments of a training step on one rank, bf16 with AdamW (DeepSpeed's fused kernel)."""
+    sizes, zero = states.sizes, ds.raw.get("zero_optimization", {})
     elsewhere = offloaded(ds)
     saved = saved_by_layer(sizes, layout, work, spread=states.spread, liger=liger)
     stage, elements = ds.zero_stage, states.elements
@@ -270,7 +272,7 @@ def peak_memory(
         },
         {
             "moment": "step", **common, "gradients": full,
-            "optimizer": optimizer + (0 if "optimizer" in elsewhere else states.step_temporaries()),
+            "optimizer": optimizer + (0 if "optimizer" in elsewhere else states.step_temporaries),
             "activations": 0, "dispatch": 0, "buffers": bucket if stage == 3 else 0,
         },
     ]  # fmt: skip
@@ -281,7 +283,7 @@ def peak_memory(
         here = Memory(**moment, skew=0 if moment["moment"] == "step" else uneven, outside=0)
         outside = int(reserved_gib * 2**30 + FRAGMENTS[stage] * here.allocated)
         memories.append(Memory(**{**vars(here), "outside": outside}))
-    return max(memories, key=lambda memory: memory.needed)
+    return memories
 
 
 def host_bytes(ds: DsConfig, states: StateBytes) -> int:
@@ -299,7 +301,7 @@ def _gradients(states: StateBytes, work: Work, largest: int, *, offload: bool) -
     accumulated = states.elements * BF16 if states.stage < 2 and work.accumulation > 1 else 0
     if offload:
         return accumulated, accumulated + largest * BF16, largest * BF16
-    held = states.whole_gradients() * BF16 if states.stage else states.elements * BF16
+    held = states.whole_gradients * BF16 if states.stage else states.elements * BF16
     before = held if states.stage == 2 and work.accumulation > 1 else accumulated
     return before, before + held, held
 

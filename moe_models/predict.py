@@ -10,8 +10,8 @@ from moe_models.config import DsConfig
 from moe_models.devices import Device
 from moe_models.errors import UserError
 from moe_models.layout import Layout
-from moe_models.memory import Loss, Memory, StateBytes, host_bytes, peak_memory
-from moe_models.sizes import ModelSizes, model_sizes
+from moe_models.memory import Loss, Memory, StateBytes, host_bytes, memory_moments
+from moe_models.sizes import model_sizes
 from moe_models.step_time import StepTime, step_time, train_flops
 from moe_models.traffic import Work
 
@@ -59,12 +59,12 @@ def predict(
     skew: float = 1.3,
     liger: bool = False,
     loss: Loss = "chunked",
-    sizes: ModelSizes | None = None,
+    states: StateBytes | None = None,
 ) -> Prediction:
     """Memory and time of a model (its ``config.json``) in a layout.
 
     ``skew``: tokens of the fullest expert over the mean, as a run logs them. ``loss``: "chunked" for TRL's trainer,
-    "full" for a loop that takes the model's own loss. ``sizes``: those of ``config``, if they are at hand.
+    "full" for a loop that takes the model's own loss. ``states``: those of the layout, where many batches are compared.
 
     Raises UserError for a model without known sizes, for native layers, and for fp32 or fp16.
     """
@@ -72,20 +72,21 @@ def predict(
         raise UserError("moe.layer: there is no prediction for native layers; use expert_parallel")
     if ds.precision not in ("bf16", "auto"):
         raise UserError(f"precision {ds.precision}: predictions are for bf16; set bf16.enabled to true")
-    sizes = model_sizes(config) if sizes is None else sizes
     layout = Layout(world_size, ds.ep_size, ds.tp_size, ds.sp_size)
-    memory = peak_memory(
-        ds, sizes, layout, work, reserved_gib=device.reserved_gib, loss=loss, skew=skew, liger=liger
+    if states is None:
+        states = StateBytes(ds, model_sizes(config), layout)
+    moments = memory_moments(
+        ds, states, layout, work, reserved_gib=device.reserved_gib, loss=loss, skew=skew, liger=liger
     )
     time = step_time(
-        ds, sizes, layout, work, device, gpus_per_node, skew=skew, liger=liger, chunked=loss == "chunked"
+        ds, states, layout, work, device, gpus_per_node, skew=skew, liger=liger, chunked=loss == "chunked"
     )
     tokens = work.micro_batch * work.length * work.accumulation // (ds.tp_size * ds.sp_size)
     return Prediction(
-        memory=memory,
+        memory=max(moments, key=lambda moment: moment.needed),
         time=time,
         tokens=tokens,
-        flops=tokens * sum(train_flops(sizes, work.length)),
-        host=host_bytes(ds, StateBytes(ds, sizes, layout)),
+        flops=tokens * sum(train_flops(states.sizes, work.length)),
+        host=host_bytes(ds, states),
         device=device,
     )

@@ -77,7 +77,7 @@ def train_flops(sizes: ModelSizes, length: int) -> tuple[float, float]:
 
 def step_time(
     ds: DsConfig,
-    sizes: ModelSizes,
+    states: StateBytes,
     layout: Layout,
     work: Work,
     device: Device,
@@ -88,11 +88,10 @@ def step_time(
     chunked: bool = True,
 ) -> StepTime:
     """Seconds of one optimizer step of the slowest rank; ``skew`` as in ``memory.rank_load``."""
-    spread = ds.expert_parallel is not None or ds.moe.layer is not None
+    sizes, spread = states.sizes, states.spread
     load = rank_load(skew, sizes.num_experts, layout.ep_size) if spread else 1.0
     compute = work.accumulation * _compute(ds, sizes, layout, work, device, spread, load, liger, chunked)
     exchanged, hidden, exposed = 0.0, 0.0, 0.0
-    states = StateBytes(ds, sizes, layout)
     for flow in traffic(ds, sizes, layout, work, gpus_per_node):
         seconds = _seconds(flow, ds, sizes, layout, work, device, gpus_per_node)
         if flow.collective == "all-to-all":

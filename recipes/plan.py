@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from plan_search import Plan, Request, nothing_fits, search
-from rich.box import MINIMAL
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +38,8 @@ from moe_models.predict import GIB
 
 MEASURED_GPUS = 4
 """Most GPUs that the step-time model was compared with."""
+NEAR_MISSES = 2
+"""Layouts that do not fit, shown below those that do."""
 PARTS = ("parameters", "gradients", "optimizer", "activations", "dispatch", "buffers", "skew", "outside")
 TIMES = {"compute": "compute", "all_to_all": "all-to-all", "reduce_gather": "reduce, gather", "optimizer": "optimizer"}
 
@@ -114,8 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         raise UserError(nothing_fits(request, plans))
-    others = sorted((p for p in plans if not p.fits), key=lambda plan: -plan.prediction.tokens_per_s)
-    shown = [*fitting[: arguments.top], *others[: max(0, min(2, arguments.top - 1))]]
+    shown = [*fitting[: arguments.top], *plans[len(fitting) : len(fitting) + NEAR_MISSES]]
     console = Console(highlight=False)
     tokens = request.batch * request.length
     console.print(
@@ -135,7 +136,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _table(title: str, names: list[str]) -> Table:
-    table = Table(box=MINIMAL, title=title, title_justify="left", title_style="bold")
+    table = Table(
+        box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), pad_edge=False
+    )
     for name in names:
         table.add_column(name, justify="left" if name == "layout" else "right", no_wrap=True)
     return table
@@ -143,7 +146,7 @@ def _table(title: str, names: list[str]) -> Table:
 
 def ranking(plans: list[Plan]) -> Table:
     """One row for each layout, the best first."""
-    table = _table("layouts", ["", "layout", "micro x acc.", "ckpt", "GiB", "fits", "s/step", "tokens/s/GPU", "MFU"])
+    table = _table("layouts", ["", "layout", "batch", "ckpt", "GiB", "fits", "s/step", "tok/s/GPU", "MFU"])
     for number, plan in enumerate(plans, 1):
         p, work = plan.prediction, plan.work
         table.add_row(
@@ -229,9 +232,9 @@ def _reason(part: str, first: Plan, second: Plan) -> str:
 def command(plan: Plan, arguments: argparse.Namespace) -> str:
     """The flags that make the run the first row."""
     work = plan.work
-    file = arguments.write or "FILE (--write FILE)"
-    return (
-        f"recipes/finetune.py --deepspeed {file} --max_length {work.length} --per_device_train_batch_size "
+    file = arguments.write or "mine.json"
+    return ("" if arguments.write else "--write mine.json writes the ds_config of the first. ") + (
+        f"Its run: recipes/finetune.py --deepspeed {file} --max_length {work.length} --per_device_train_batch_size "
         f"{work.micro_batch} --gradient_accumulation_steps {work.accumulation} --gradient_checkpointing "
         f"{str(work.recompute).lower()}{' --use_liger_kernel' if arguments.use_liger_kernel else ''}"
     )

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import log
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ from moe_models.config import DsConfig
 from moe_models.devices import Device
 from moe_models.ds_schema import ExpertParallel
 from moe_models.errors import UserError
-from moe_models.layout import divisors
+from moe_models.layout import Layout, divisors
+from moe_models.memory import StateBytes
 from moe_models.moe_schema import Moe
 from moe_models.predict import GIB, Prediction, predict
 from moe_models.preflight import check_run, length_problems
@@ -24,6 +26,10 @@ from moe_models.traffic import Work
 Offload = Literal["", "optimizer", "optimizer and weights"]
 PRESETS = Path(__file__).parents[1] / "ds_configs"
 LARGEST_MICRO_BATCH = 64
+SHORTEST = 256
+"""Tokens below which a shorter sequence is not proposed."""
+USUAL_NODE = 8
+"""GPUs of a node, where a plan for less than a node looks for more GPUs."""
 LARGEST_TP = 8
 """Tensor and sequence parallelism wait for each other in every layer: within a node of 8."""
 
@@ -115,35 +121,42 @@ def layouts(request: Request, sizes: ModelSizes) -> Iterator[tuple[int, int, int
 def search(request: Request) -> list[Plan]:
     """The best batch of every layout: those that fit, fastest first, then those that do not, by memory.
 
-    Offloading is tried where nothing of the layout fits without. Raises UserError if no layout can be made at all.
+    Offloading is tried where nothing of the layout fits without; tensor and sequence parallelism are left out where the
+    same layout is as fast without them. Raises UserError if no layout can be made at all.
     """
-    sizes = model_sizes(request.config)
-    problems = [line.replace("--max_length", "--seq_length") for line in length_problems(request.length, request.config)]
-    refused: list[str] = []
-    plans: list[Plan] = []
-    for stage, ep, tp, sp in () if problems else layouts(request, sizes):
+    problems = length_problems(request.length, request.config)
+    if problems:
+        raise UserError(line.replace("--max_length", "--seq_length") for line in problems)
+    sizes, refused, plans = model_sizes(request.config), list[str](), list[Plan]()
+    for stage, ep, tp, sp in layouts(request, sizes):
         choices: tuple[Offload, ...] = ("", "optimizer") if stage < 3 else ("", "optimizer", "optimizer and weights")
-        best: Plan | None = None
         for offload in choices:
             ds = build(stage, ep, tp, sp, offload)
             wrong = check_run(ds, request.config, request.gpus)
+            best = None if wrong else _best_batch(request, sizes, ds, offload)
             refused += wrong
-            if not wrong:
-                best = _best_batch(request, sizes, ds, offload)
-                plans += [best] if best else []
+            plans += [best] if best else []
             if best and best.fits:
                 break
     if not plans:
-        replicas = f"--global_batch_size {request.batch}: does not divide among {request.gpus} GPUs in any layout; use a "
-        raise UserError(problems or [f"{replicas}multiple of {request.gpus}", *dict.fromkeys(refused)][: 1 + bool(refused)])
-    order = sorted(plans, key=lambda plan: (not plan.fits, *_rank(plan)))
-    return order
+        batch = f"--global_batch_size {request.batch}: no layout of {request.gpus} GPUs divides it; use a multiple of "
+        raise UserError(dict.fromkeys(refused or [f"{batch}{request.gpus}"]))
+    speeds = {_key(plan): plan.prediction.tokens_per_s for plan in plans if plan.ds.tp_size * plan.ds.sp_size == 1 and plan.fits}
+    worth = [
+        plan
+        for plan in plans
+        if plan.ds.tp_size * plan.ds.sp_size == 1
+        or (plan.fits and plan.prediction.tokens_per_s > 1.005 * speeds.get(_key(plan), 0.0))
+    ]
+    return sorted(worth or plans, key=lambda plan: (not plan.fits, *_rank(plan)))
+
+
+def _key(plan: Plan) -> tuple[int, int]:
+    return plan.ds.zero_stage, plan.ds.ep_size
 
 
 def _rank(plan: Plan) -> tuple[float, float]:
     """Faster first; alike within half a percent, by memory."""
-    from math import log
-
     if not plan.fits:
         return plan.prediction.memory.needed, 0.0
     return -round(log(plan.prediction.tokens_per_s) * 200), plan.prediction.memory.needed
@@ -155,11 +168,12 @@ def _best_batch(request: Request, sizes: ModelSizes, ds: DsConfig, offload: Offl
     if request.batch % replicas:
         return None
     each = request.batch // replicas
-    plans = []
+    states = StateBytes(ds, sizes, Layout(request.gpus, ds.ep_size, ds.tp_size, ds.sp_size))
+    plans: list[Plan] = []
     for recompute in (False, True):
         for micro in (n for n in divisors(each) if n <= LARGEST_MICRO_BATCH):
             work = Work(micro_batch=micro, length=request.length, accumulation=each // micro, recompute=recompute)
-            plan = evaluate(request, sizes, ds, offload, work)
+            plan = evaluate(request, states, ds, offload, work)
             if not plan.fits and plans and any(p.work.recompute == recompute for p in plans):
                 break  # a larger micro-batch needs more
             plans.append(plan)
@@ -169,11 +183,11 @@ def _best_batch(request: Request, sizes: ModelSizes, ds: DsConfig, offload: Offl
     return min(plans, key=lambda plan: plan.prediction.memory.needed)
 
 
-def evaluate(request: Request, sizes: ModelSizes, ds: DsConfig, offload: Offload, work: Work) -> Plan:
+def evaluate(request: Request, states: StateBytes, ds: DsConfig, offload: Offload, work: Work) -> Plan:
     """One layout with one batch."""
     prediction = predict(
         request.config, ds, request.gpus, request.gpus_per_node, work, request.device,
-        skew=request.skew, liger=request.liger, sizes=sizes,
+        skew=request.skew, liger=request.liger, states=states,
     )  # fmt: skip
     host = prediction.host * min(request.gpus, request.gpus_per_node) / GIB
     fits = prediction.fits and host <= request.host_gib
@@ -182,43 +196,51 @@ def evaluate(request: Request, sizes: ModelSizes, ds: DsConfig, offload: Offload
 
 def nothing_fits(request: Request, plans: list[Plan]) -> list[str]:
     """Lines that say what is missing, and which other request would fit."""
-    least = plans[0]
-    memory, device = least.prediction.memory, request.device
+    device, on_gpu = request.device, [plan for plan in plans if plan.prediction.fits]
+    least = min(plans, key=lambda plan: plan.prediction.memory.needed)
+    memory = least.prediction.memory
     states = memory.parameters + memory.gradients + memory.optimizer
     lines = [
-        f"nothing fits: the least that {request.gpus} GPUs need is {memory.needed / GIB:.0f} GiB each "
-        f"({least.name}, micro-batch {least.work.micro_batch} x {request.length}), and {device.name} has "
-        f"{device.usable_gib:.0f}; weights, gradients and optimizer take {states / GIB:.0f} of it"
+        f"nothing fits: the least that {request.gpus} GPUs need is {memory.needed / GIB:.0f} GiB each ({least.name}, "
+        f"micro-batch {least.work.micro_batch} x {request.length}; weights, gradients and optimizer "
+        f"{states / GIB:.0f}), and {device.name} has {device.usable_gib:.0f}"
     ]
-    unlimited = [plan for plan in search(replace(request, host_gib=1e9)) if plan.fits]
-    if unlimited:
-        cheapest = min(unlimited, key=lambda plan: plan.host_gib)
-        lines.append(
-            f"offload: {cheapest.name} fits with {cheapest.host_gib:.0f} GiB of host memory in each node; "
-            f"--host_gib says {request.host_gib:.0f}"
-        )
-    shorter = request.length // 2
-    while shorter >= 256 and not (found := _fitting(replace(request, length=shorter))):
-        shorter //= 2
+    if on_gpu:
+        cheapest = min(on_gpu, key=lambda plan: plan.host_gib)
+        lines = [
+            f"nothing fits: without offloading, GPUs of {device.usable_gib:.0f} GiB are too small; {cheapest.name} "
+            f"would do with {cheapest.host_gib:.0f} GiB of host memory in each node, and --host_gib says "
+            f"{request.host_gib:.0f}"
+        ]
+    lengths = [request.length // 2**n for n in range(1, 16) if request.length // 2**n >= SHORTEST]
+    shorter = next(((length, plan) for length in lengths if (plan := frugal(replace(request, length=length)))), None)
     lines.append(
-        f"fewer tokens: --seq_length {shorter} fits ({found.name})"
-        if shorter >= 256 and found
-        else "fewer tokens: not even --seq_length 256 fits"
+        f"fewer tokens: --seq_length {shorter[0]} fits ({shorter[1].name}, {shorter[1].prediction.memory.needed / GIB:.0f} GiB)"
+        if shorter
+        else f"fewer tokens: not even --seq_length {min([request.length, *lengths])} fits"
     )
-    more = request.gpus * 2
-    while more <= 1024 * request.gpus:
-        batch = max(request.batch, more) + (-max(request.batch, more)) % more
-        if found := _fitting(replace(request, gpus=more, batch=batch)):
-            lines.append(f"more GPUs: --gpus {more} fits ({found.name}, {found.prediction.memory.needed / GIB:.0f} GiB)")
-            return lines
-        more *= 2
-    lines.append(f"more GPUs: not even {more // 2} of them; another device has more memory")
+    counts = [request.gpus * 2**n for n in range(1, 12)]
+    more = next(((gpus, plan) for gpus in counts if (plan := frugal(replace(request, gpus=gpus, batch=gpus)))), None)
+    lines.append(
+        f"more GPUs: --gpus {more[0]} fits ({more[1].name}, {more[1].prediction.memory.needed / GIB:.0f} GiB)"
+        if more
+        else f"more GPUs: not even --gpus {counts[-1]} fits; take a device with more memory"
+    )
     return lines
 
 
-def _fitting(request: Request) -> Plan | None:
-    try:
-        plans = search(request)
-    except UserError:
-        return None
-    return plans[0] if plans[0].fits else None
+def frugal(request: Request) -> Plan | None:
+    """A layout that fits with one sequence at a time and activation checkpointing; without offloading if possible."""
+    sizes = model_sizes(request.config)
+    request = replace(request, gpus_per_node=max(request.gpus_per_node, min(request.gpus, USUAL_NODE)))
+    work = Work(micro_batch=1, length=request.length, accumulation=1, recompute=True)
+    choices: tuple[Offload, ...] = ("", "optimizer", "optimizer and weights")
+    for offload in choices:
+        for stage, ep, tp, sp in layouts(request, sizes):
+            ds = build(stage, ep, tp, sp, offload)
+            if (offload == choices[-1] and stage < 3) or check_run(ds, request.config, request.gpus):
+                continue
+            states = StateBytes(ds, sizes, Layout(request.gpus, ep, tp, sp))
+            if (plan := evaluate(request, states, ds, offload, work)).fits:
+                return plan
+    return None
