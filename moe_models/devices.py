@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def interpolate(pairs: Pairs, x: float) -> float:
     """y at ``x``, linear between pairs, constant outside."""
     if x <= pairs[0][0]:
         return pairs[0][1]
-    for (x0, y0), (x1, y1) in zip(pairs, pairs[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(pairs):
         if x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return pairs[-1][1]
@@ -98,11 +99,12 @@ def read_device(name: str, calibrations: Iterable[str | Path] = ()) -> Device:
     row = dict(data["devices"][name])
     row.update(data["links"][row.pop("host")["$like"]])
     network = data["links"][row.pop("network")["$like"]]
+    numbers: dict[str, Any] = {key: float(figure["value"]) for key, figure in row.items() if key in _NUMBERS}
     device = Device(
-        node={kind: Link(**figure["value"]) for kind, figure in row.pop("node").items()},
+        node={kind: Link(**figure["value"]) for kind, figure in row["node"].items()},
         network={kind: Link(**figure["value"]) for kind, figure in network.items()},
-        name=row.pop("name"),
-        **{key: float(figure["value"]) for key, figure in row.items()},
+        name=row["name"],
+        **numbers,
     )
     problems: list[str] = []
     for path in calibrations:
@@ -143,7 +145,9 @@ def _calibrated(device: Device, path: Path) -> Device:
         elif key == "grouped_matmul_efficiency":
             pairs = _pairs([[1, value]] if _positive(value) else value)
             if pairs is None or max(share for _, share in pairs) > 1:
-                problems.append(f"{key} = {show(value)}: must be a share of at most 1, or ascending [rows, share] pairs")
+                problems.append(
+                    f"{key} = {show(value)}: must be a share of at most 1, or ascending [rows, share] pairs"
+                )
             else:
                 changed[key] = pairs
         elif key in _FABRICS:
@@ -166,7 +170,11 @@ def _links(fabric: str, value: Any) -> tuple[dict[str, Link], list[str]]:
             problems.append(f"{where}: unknown key; allowed: {', '.join(_COLLECTIVES)}")
         elif pairs is not None:
             links[kind] = Link(gb_per_s=pairs[-1][1], pairs=pairs)
-        elif isinstance(figure, dict) and set(figure) == {"gb_per_s", "latency_us"} and all(map(_positive, figure.values())):
+        elif (
+            isinstance(figure, dict)
+            and set(figure) == {"gb_per_s", "latency_us"}
+            and all(map(_positive, figure.values()))
+        ):
             links[kind] = Link(**figure)
         else:
             problems.append(f'{where}: must be {{"gb_per_s": , "latency_us": }} or ascending [bytes sent, GB/s] pairs')

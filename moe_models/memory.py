@@ -16,24 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from math import ceil, log, prod
+from math import log, prod, sqrt
 from typing import Any, Literal
 
 from moe_models.config import DsConfig
 from moe_models.layout import Layout
-from moe_models.shares import offloaded, share_of_one_rank
+from moe_models.shares import offloaded
 from moe_models.sizes import ModelSizes
+from moe_models.states import BF16, FP32, StateBytes
 from moe_models.traffic import Work
 
 Loss = Literal["chunked", "full"]
 """How the loss is taken: TRL's fused head, or all logits at once as the model's own ``loss``."""
 
-BF16, FP32, FP64 = 2, 4, 8
-EXPERT_GROUP = 178_956_971
-"""Elements after which DeepSpeed starts another optimizer group of experts (``moe/utils.py``: max_group_size)."""
-SUB_GROUP = 10**9
-"""ZeRO-3's ``sub_group_size``: it ends a group of partitions once it has so many elements."""
 LOSS_TOKENS, LOSS_WORDS = 4096, 32768
 """One tile of TRL's loss (``trl/kernels/chunked_logprob.py``)."""
 FRAGMENTS = {0: 0.03, 1: 0.03, 2: 0.03, 3: 0.06}
@@ -64,9 +59,7 @@ class Memory:
     @property
     def allocated(self) -> int:
         """What ``torch.cuda.max_memory_allocated`` says of an evenly routed step."""
-        return (
-            self.parameters + self.gradients + self.optimizer + self.activations + self.dispatch + self.buffers
-        )
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.dispatch + self.buffers
 
     @property
     def needed(self) -> int:
@@ -82,89 +75,8 @@ def rank_load(skew: float, num_experts: int, ep_size: int) -> float:
     """
     if ep_size == 1 or num_experts == 1:
         return 1.0
-    share = (log(ep_size) / log(num_experts)) ** 0.5 / (num_experts / ep_size) ** 0.5
+    share = sqrt(log(ep_size) / log(num_experts)) / sqrt(num_experts / ep_size)
     return 1 + (skew - 1) * share
-
-
-@lru_cache(maxsize=4096)
-def overlaps(tensors: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Elements of the tensors that reach into each rank's ZeRO partition, whole tensors counted.
-
-    ZeRO 1 and 2 lay the tensors end to end and cut at equal lengths; a gradient that a cut divides is kept whole on
-    both sides (``stage_1_and_2.py``: copy_grads_in_partition).
-    """
-    size = ceil(sum(tensors) / ranks)
-    held = [0] * ranks
-    start = 0
-    for numel in tensors:
-        for rank in range(start // size, (start + numel - 1) // size + 1):
-            held[rank] += numel
-        start += numel
-    return tuple(held)
-
-
-@lru_cache(maxsize=256)
-def expert_groups(numel: int, count: int) -> tuple[tuple[int, ...], ...]:
-    """Optimizer groups of ``count`` equal expert tensors, in the model's order."""
-    each = max(1, EXPERT_GROUP // numel)
-    return tuple((numel,) * min(each, count - start) for start in range(0, count, each))
-
-
-class StateBytes:
-    """Weights, gradients and optimizer states of one rank. Sizes count elements."""
-
-    def __init__(self, ds: DsConfig, sizes: ModelSizes, layout: Layout) -> None:
-        self.share, self.sizes = share_of_one_rank(ds, sizes, layout), sizes
-        self.stage, self.spread = ds.zero_stage, ds.expert_parallel is not None or ds.moe.layer is not None
-        self.ranks, self._layout = layout.zero_size, layout
-        self.copies = layout.edp_size if self.spread else layout.zero_size  # ranks that hold the same experts
-        one = sizes.expert_size // 3  # a matrix [F, D] of an expert
-        local = sizes.num_experts // layout.ep_size if self.spread else sizes.num_experts
-        # AutoEP keeps gate, down and up apart; transformers keeps gate and up in one tensor.
-        self.expert_tensors = (local * one,) * 3 if self.spread else (2 * local * one, local * one)
-        self.expert_tensors *= sizes.moe_layers
-        dense = self.share.dense if self.spread else self.share.dense - sizes.expert_params
-        scale = dense / max(1, sizes.dense_params)  # tensor parallelism cuts the matrices
-        self.dense_tensors = tuple(max(1, int(prod(shape) * scale)) for _, shape in sizes.dense)
-
-    @property
-    def partition(self) -> int:
-        """Elements whose optimizer states this rank keeps."""
-        return ceil(self.share.dense / self.ranks) + ceil(self.share.expert / self.copies)
-
-    @property
-    def elements(self) -> int:
-        """Elements of this rank before ZeRO shards anything."""
-        return self.share.dense + self.share.expert
-
-    def groups(self) -> list[tuple[tuple[int, ...], int]]:
-        """(tensors, ranks) of each optimizer group, weight decay left aside."""
-        if not self.spread:
-            return [((*self.dense_tensors, *self.expert_tensors), self.ranks)]
-        experts = expert_groups(self.expert_tensors[0], len(self.expert_tensors))
-        return [(self.dense_tensors, self.ranks), *((group, self.copies) for group in experts)]
-
-    @cached_property
-    def whole_gradients(self) -> int:
-        """Elements of the gradients that touch the partition of the rank that has most (ZeRO 1 and 2)."""
-        (dense, ranks), *experts = self.groups()
-        held = overlaps(dense, ranks)
-        if not experts:
-            return max(held)
-        summed = [sum(column) for column in zip(*(overlaps(*group) for group in experts), strict=True)]
-        world, layout = self._layout.world_size, self._layout
-        return max(held[rank // layout.tp_size] + summed[rank // layout.ep_size] for rank in range(world))
-
-    @cached_property
-    def step_temporaries(self) -> int:
-        """Bytes at the optimizer's step: fp32 gradients and their flat bf16 copy, or an fp64 copy for the norm."""
-        if self.stage == 3:
-            sub_group = min(self.partition, SUB_GROUP + ceil(max(self.expert_tensors) / self.copies))
-            tensor = max(ceil(max(self.dense_tensors) / self.ranks), ceil(max(self.expert_tensors) / self.copies))
-            return max(sub_group * (FP32 + BF16), FP64 * tensor)
-        largest = max(ceil(sum(group) / ranks) for group, ranks in self.groups())
-        tensor = max(min(max(group), ceil(sum(group) / ranks)) for group, ranks in self.groups())
-        return max(largest * (FP32 + BF16), FP64 * tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +106,9 @@ def saved_by_layer(sizes: ModelSizes, layout: Layout, work: Work, *, spread: boo
     width = 2 * (norm + 1) * sizes.hidden + (queries + keys + values + outputs) // tp
     if any(name.endswith("q_norm.weight") for name in names):
         width += norm * (queries + keys) // tp
-    ranks_of = [shape[0] for name, shape in sizes.dense if name.endswith(("q_a_layernorm.weight", "kv_a_layernorm.weight"))]
+    ranks_of = [
+        shape[0] for name, shape in sizes.dense if name.endswith(("q_a_layernorm.weight", "kv_a_layernorm.weight"))
+    ]
     width += (norm + 1) * sum(ranks_of) // max(1, sizes.layers)
     inner = sum(shape[0] for name, shape in sizes.dense if name.endswith("gate_proj.weight"))
     width += 4 * inner // max(1, sizes.layers) // tp  # dense MLPs and shared experts: gate, silu(gate), up, product
@@ -256,7 +170,9 @@ def memory_moments(
         after = 0
     dense, rows = layers * saved.dense + kept, layers * saved.dispatch
     experts = layers * saved.experts
-    layer_gradients = sum(states.expert_tensors[: 3 if states.spread else 2]) * BF16 if stage == 3 else largest_tensor * BF16
+    layer_gradients = (
+        sum(states.expert_tensors[: 3 if states.spread else 2]) * BF16 if stage == 3 else largest_tensor * BF16
+    )
 
     common = {"parameters": weights, "optimizer": optimizer}
     saved_at_loss = (u * sizes.layers, 0, 0) if work.recompute else (dense, rows, experts)

@@ -10,8 +10,9 @@ from moe_models.config import DsConfig
 from moe_models.devices import Device
 from moe_models.errors import UserError
 from moe_models.layout import Layout
-from moe_models.memory import Loss, Memory, StateBytes, host_bytes, memory_moments
+from moe_models.memory import Loss, Memory, host_bytes, memory_moments
 from moe_models.sizes import model_sizes
+from moe_models.states import StateBytes
 from moe_models.step_time import StepTime, step_time, train_flops
 from moe_models.traffic import Work
 
@@ -78,9 +79,7 @@ def predict(
     moments = memory_moments(
         ds, states, layout, work, reserved_gib=device.reserved_gib, loss=loss, skew=skew, liger=liger
     )
-    time = step_time(
-        ds, states, layout, work, device, gpus_per_node, skew=skew, liger=liger, chunked=loss == "chunked"
-    )
+    time = step_time(ds, states, layout, work, device, gpus_per_node, skew=skew, liger=liger, chunked=loss == "chunked")
     tokens = work.micro_batch * work.length * work.accumulation // (ds.tp_size * ds.sp_size)
     return Prediction(
         memory=max(moments, key=lambda moment: moment.needed),

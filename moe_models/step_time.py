@@ -1,8 +1,9 @@
 """Seconds of one optimizer step on one rank: compute, all-to-all, reduce and gather, optimizer. Torch-free.
 
-A model, not a measurement. Bytes on the wire are those of ``traffic.py``, compared with live runs by its test; rates are
-the device's (``devices.json`` or a calibration). What no rate says stands here as a constant, each with what it was
-fitted to: 15 runs on 2 and 4 H200s, bf16, mostly eager kernels (``tests/test_step_time.py`` has them and holds the fit).
+A model, not a measurement. Bytes on the wire are those of ``traffic.py``, which its test compares with live runs; rates
+are the device's (``devices.json`` or a calibration). What no rate says stands here as a constant, each with what it was
+fitted to: 15 runs on 2 and 4 H200s, bf16, mostly eager kernels (``tests/layouts.py`` has them, ``test_step_time.py``
+holds the fit).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from math import ceil, prod
 from moe_models.config import DsConfig
 from moe_models.devices import Device, Link, interpolate
 from moe_models.layout import Layout
-from moe_models.memory import BF16, StateBytes, rank_load
+from moe_models.memory import rank_load
 from moe_models.shares import offloaded
 from moe_models.sizes import ModelSizes
+from moe_models.states import BF16, StateBytes
 from moe_models.traffic import Flow, Work, traffic
 
 MATMUL_SHARE = 0.85
@@ -35,7 +37,7 @@ LOGIT_BYTES = {False: 60, True: 12}
 ADAM_BYTES = 115
 """For each parameter a rank updates: norm in fp64, flat copies, fp32 gradient, AdamW's reads and writes."""
 LAYER_SECONDS = 1.55e-3
-"""One decoder layer, forward and backward, that the host needs whatever the tokens (launches, split sizes read back)."""
+"""One decoder layer, forward and backward, whatever the tokens: launches, and split sizes read back by the host."""
 HOOK_SECONDS = 4.3e-3
 """More of it under ZeRO-3, whose hooks fetch and release each module."""
 OVERLAP = 0.2
@@ -134,10 +136,10 @@ def _compute(
     group = layout.ep_size if spread else 1
     each = rows * group / sizes.num_experts  # rows of one expert in one call
     rate = device.matmul_tflops * 1e12
-    seconds = again * tokens * dense / layout.tp_size / (rate * MATMUL_SHARE)
+    seconds: float = again * tokens * dense / layout.tp_size / (rate * MATMUL_SHARE)
     seconds += again * load * tokens * experts / layout.tp_size / (rate * grouped_share(device, each, inner))
     norms = sum(name.endswith("norm.weight") for name, _ in sizes.dense)
-    moved = tokens * sizes.hidden * norms * NORM_BYTES[liger]
+    moved: float = tokens * sizes.hidden * norms * NORM_BYTES[liger]
     moved += rows * sizes.moe_layers * (sizes.hidden * ROW_BYTES + load * inner * INNER_BYTES)
     vocabulary = dict(sizes.dense)["model.embed_tokens.weight"][0]
     logits = tokens * vocabulary * LOGIT_BYTES[chunked or liger]

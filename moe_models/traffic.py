@@ -85,7 +85,7 @@ def traffic(ds: DsConfig, sizes: ModelSizes, layout: Layout, work: Work, gpus_pe
 
 @lru_cache(maxsize=512)
 def _groups(layout: Layout, gpus_per_node: int | None) -> dict[str, tuple[int, bool]]:
-    """Ranks in a group of each kind, and whether some group spans nodes; kept, for the planner asks thousands of times."""
+    """Ranks in a group of each kind, and whether some group spans nodes. The planner asks thousands of times."""
     kinds = {
         "EP": layout.ep_groups(),
         "EDP": layout.edp_groups(),

@@ -12,7 +12,7 @@ It compares ZeRO 1 to 3 x expert (EP), tensor (TP) and sequence (SP) parallelism
 checkpointing x offload, as far as the preflight accepts them, at the same tokens per optimizer step: the peak memory of
 the fullest GPU, split by what holds it, and the time of a step. "skew" is room for a GPU whose experts get more tokens
 than the mean. Memory and time are those of a model of DeepSpeed 0.19.8 in bf16 with AdamW and TRL's loss; what was
-compared with it is in benchmarks/. EP above 1 is DeepSpeed's AutoEP; without EP a layout is the plain Hugging Face model.
+compared with it is in benchmarks/. EP above 1 is DeepSpeed's AutoEP; without EP it is the plain Hugging Face model.
 
 Nothing fits: exit code 2, and what would fit.
 """
@@ -26,7 +26,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from plan_search import Plan, Request, nothing_fits, search
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +34,7 @@ from moe_models.devices import device_names, read_device
 from moe_models.errors import UserError, exit_with
 from moe_models.inputs import read_model_config
 from moe_models.predict import GIB
+from plan_search import Plan, Request, nothing_fits, search
 
 MEASURED_GPUS = 4
 """Most GPUs that the step-time model was compared with."""

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from math import log
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,11 @@ from moe_models.devices import Device
 from moe_models.ds_schema import ExpertParallel
 from moe_models.errors import UserError
 from moe_models.layout import Layout, divisors
-from moe_models.memory import StateBytes
 from moe_models.moe_schema import Moe
 from moe_models.predict import GIB, Prediction, predict
 from moe_models.preflight import check_run, length_problems
 from moe_models.sizes import ModelSizes, model_sizes
+from moe_models.states import StateBytes
 from moe_models.traffic import Work
 
 Offload = Literal["", "optimizer", "optimizer and weights"]
@@ -68,12 +68,18 @@ class Plan:
     def name(self) -> str:
         """The layout in few words."""
         parts = [f"ZeRO-{self.ds.zero_stage}"]
-        parts += [f"{kind} {n}" for kind, n in (("EP", self.ds.ep_size), ("TP", self.ds.tp_size), ("SP", self.ds.sp_size)) if n > 1]
-        parts += [{"optimizer": "offload", "optimizer and weights": "offload all"}[self.offload]] if self.offload else []
+        parts += [
+            f"{kind} {n}"
+            for kind, n in (("EP", self.ds.ep_size), ("TP", self.ds.tp_size), ("SP", self.ds.sp_size))
+            if n > 1
+        ]
+        parts += (
+            [{"optimizer": "offload", "optimizer and weights": "offload all"}[self.offload]] if self.offload else []
+        )
         return " ".join(parts)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _preset(name: str) -> dict[str, Any]:
     raw: dict[str, Any] = json.loads((PRESETS / name).read_text(encoding="utf-8"))
     return raw
@@ -127,7 +133,7 @@ def search(request: Request) -> list[Plan]:
     problems = length_problems(request.length, request.config)
     if problems:
         raise UserError(line.replace("--max_length", "--seq_length") for line in problems)
-    sizes, refused, plans = model_sizes(request.config), list[str](), list[Plan]()
+    sizes, refused, plans, accepted = model_sizes(request.config), list[str](), list[Plan](), False
     for stage, ep, tp, sp in layouts(request, sizes):
         choices: tuple[Offload, ...] = ("", "optimizer") if stage < 3 else ("", "optimizer", "optimizer and weights")
         for offload in choices:
@@ -135,13 +141,18 @@ def search(request: Request) -> list[Plan]:
             wrong = check_run(ds, request.config, request.gpus)
             best = None if wrong else _best_batch(request, sizes, ds, offload)
             refused += wrong
+            accepted = accepted or not wrong
             plans += [best] if best else []
             if best and best.fits:
                 break
     if not plans:
         batch = f"--global_batch_size {request.batch}: no layout of {request.gpus} GPUs divides it; use a multiple of "
-        raise UserError(dict.fromkeys(refused or [f"{batch}{request.gpus}"]))
-    speeds = {_key(plan): plan.prediction.tokens_per_s for plan in plans if plan.ds.tp_size * plan.ds.sp_size == 1 and plan.fits}
+        raise UserError([f"{batch}{request.gpus}"] if accepted else dict.fromkeys(refused))
+    speeds = {
+        _key(plan): plan.prediction.tokens_per_s
+        for plan in plans
+        if plan.ds.tp_size * plan.ds.sp_size == 1 and plan.fits
+    }
     worth = [
         plan
         for plan in plans
@@ -215,18 +226,22 @@ def nothing_fits(request: Request, plans: list[Plan]) -> list[str]:
     lengths = [request.length // 2**n for n in range(1, 16) if request.length // 2**n >= SHORTEST]
     shorter = next(((length, plan) for length in lengths if (plan := frugal(replace(request, length=length)))), None)
     lines.append(
-        f"fewer tokens: --seq_length {shorter[0]} fits ({shorter[1].name}, {shorter[1].prediction.memory.needed / GIB:.0f} GiB)"
+        f"fewer tokens: --seq_length {shorter[0]} fits ({shorter[1].name}, {_gib(shorter[1])} GiB)"
         if shorter
         else f"fewer tokens: not even --seq_length {min([request.length, *lengths])} fits"
     )
     counts = [request.gpus * 2**n for n in range(1, 12)]
     more = next(((gpus, plan) for gpus in counts if (plan := frugal(replace(request, gpus=gpus, batch=gpus)))), None)
     lines.append(
-        f"more GPUs: --gpus {more[0]} fits ({more[1].name}, {more[1].prediction.memory.needed / GIB:.0f} GiB)"
+        f"more GPUs: --gpus {more[0]} fits ({more[1].name}, {_gib(more[1])} GiB)"
         if more
         else f"more GPUs: not even --gpus {counts[-1]} fits; take a device with more memory"
     )
     return lines
+
+
+def _gib(plan: Plan) -> str:
+    return f"{plan.prediction.memory.needed / GIB:.0f}"
 
 
 def frugal(request: Request) -> Plan | None:

@@ -53,10 +53,12 @@ def peak_of_a_step(
         built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model), dtype=torch.bfloat16)
         if recompute:
             built.gradient_checkpointing_enable({"use_reentrant": False})
-        engine, *_ = deepspeed.initialize(model=built, config=copy.deepcopy(config), model_parameters=built.parameters())
+        engine, *_ = deepspeed.initialize(
+            model=built, config=copy.deepcopy(config), model_parameters=built.parameters()
+        )
         engine.train()
         ids = torch.randint(0, model["vocab_size"], (micro_batch, length))
-        for step in range(2):
+        for _step in range(2):
             gc.collect()
             peaks = {"rest": live.now, "forward": 0, "backward": 0, "step": 0}
             for _ in range(config["gradient_accumulation_steps"]):
