@@ -215,7 +215,7 @@ def _reason(part: str, first: Plan, second: Plan) -> str:
             return f"micro-batches of {first.work.micro_batch} instead of {second.work.micro_batch} sequences"
         if one.ep_size > two.ep_size:
             return "more rows for each expert in one product"
-        return "fuller experts and fewer recomputed layers" if one.ep_size < two.ep_size else ""
+        return "no GPU waits for the one with the fullest experts" if one.ep_size < two.ep_size else ""
     if part == "all_to_all":
         return "fewer tokens leave the GPU" if one.ep_size <= two.ep_size else ""
     if part == "optimizer":

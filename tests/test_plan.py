@@ -203,3 +203,12 @@ def test_families_and_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("why") == len(TINY)
+
+
+def test_the_readme_s_rows_are_printed(run: Any) -> None:
+    page = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^ ?\d  ZeRO-.*%$", page, re.M)
+    assert len(rows) == 3
+    out = run()[1]
+    for row in rows:
+        assert row.split() in [line.split() for line in out.splitlines()], row
