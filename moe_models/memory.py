@@ -163,7 +163,7 @@ def memory_moments(
     layers = sizes.layers if not work.recompute else 1
     kept = u * sizes.layers if work.recompute else 0  # the inputs of the layers
     final = (1 if liger else 3) * u + u
-    if loss == "full":
+    if loss == "full" and not liger:  # Liger fuses the head into the loss, tile by tile
         at_loss, after = 12 * tokens * head // sizes.hidden, BF16 * tokens * head // sizes.hidden
     else:
         at_loss = 4 * u + head * (FP32 + BF16) + 2 * min(tokens, LOSS_TOKENS) * LOSS_WORDS * FP32

@@ -9,7 +9,10 @@ from typing import Any
 def peak_of_a_step(
     config: dict[str, Any], model: dict[str, Any], micro_batch: int, length: int, recompute: bool
 ) -> dict[str, int]:
-    """Runs on every rank: bytes at the fullest moments of the second optimizer step of a bare DeepSpeed loop."""
+    """Runs on every rank: bytes at the fullest moments of the second optimizer step of a bare DeepSpeed loop.
+
+    ``rest`` lies still between steps; ``gradients`` is what the last backward pass left beside it.
+    """
     import copy
     import gc
 
@@ -70,6 +73,7 @@ def peak_of_a_step(
                         engine.backward(outputs.loss)
                     else:
                         del outputs
+                        peaks["gradients"] = live.now - peaks["rest"]
                         engine.step()
                     peaks[moment] = max(peaks[moment], live.peak)
     engine.destroy()

@@ -59,22 +59,23 @@ CASES = [
 def test_live_step(
     stage: int, ep: int | None, accumulation: int, recompute: bool, clusters: Callable[[int], Cluster]
 ) -> None:
-    """What lies still is exact; the fullest moment of forward and backward within a tenth (the optimizer's is another
-    one on CPU: torch's AdamW makes copies that DeepSpeed's kernel does not).
+    """What lies still, and the gradients, exactly; the fullest moment of forward and backward within 8% (the
+    optimizer's step is another one on CPU: torch's AdamW makes copies that DeepSpeed's kernel does not).
     """
     config, (micro, length) = toy_config(stage, ep, accumulation), (4, 128)
     seen = clusters(2).run(peak_of_a_step, config, TOY, micro, length, recompute)
     said = moments(config, TOY, 2, micro_batch=micro, length=length, accumulation=accumulation, recompute=recompute)
-    still = said["step"].parameters + 12 * StateBytes(from_raw(config), model_sizes(TOY), Layout(2, ep or 1)).partition
-    if stage == 3:
-        dense = model_sizes(TOY)
-        states = StateBytes(from_raw(config), dense, Layout(2, ep or 1))
-        still = states.partition * (2 + 2 + 12) + 200_000 * 2
+    states = StateBytes(from_raw(config), model_sizes(TOY), Layout(2, ep or 1))
+    still = 2 * states.elements + 12 * states.partition
+    if stage == 3:  # gradients and the bucket have their places for good
+        still = (2 + 2 + 12) * states.partition + 2 * config["zero_optimization"]["reduce_bucket_size"]
     assert seen[0]["rest"] == pytest.approx(still, rel=0.005)
+    gradients = 0 if stage == 3 else 2 * states.whole_gradients
+    assert max(rank["gradients"] for rank in seen) == pytest.approx(gradients, rel=0.01, abs=0.005 * still)
     # Without Triton AutoEP keeps silu(gate) too: one more [rows, F], in each layer or in the recomputed one.
     more = (1 if recompute else 4) * micro * length * 2 * 256 * 2 if ep else 0
     peak = max(max(rank["forward"], rank["backward"]) for rank in seen) - more
-    assert max(said["loss"].allocated, said["backward"].allocated) == pytest.approx(peak, rel=0.10)
+    assert max(said["loss"].allocated, said["backward"].allocated) == pytest.approx(peak, rel=0.08)
 
 
 @pytest.mark.parametrize(("tensors", "ranks"), [((5, 3, 8, 1, 1, 6), 4), ((7,), 3), ((1, 1, 1), 8), ((4, 4, 4, 4), 2)])
