@@ -75,9 +75,18 @@ class StateBytes:
     def groups(self) -> list[tuple[tuple[int, ...], int]]:
         """(tensors, ranks) of each optimizer group, weight decay left aside."""
         if not self.spread:
-            return [((*self.dense_tensors, *self.expert_tensors), self.ranks)]
+            return [(self._in_order(), self.ranks)]
         experts = expert_groups(self.expert_tensors[0], len(self.expert_tensors))
         return [(self.dense_tensors, self.ranks), *((group, self.copies) for group in experts)]
+
+    def _in_order(self) -> tuple[int, ...]:
+        """All tensors of the plain model as its class declares them: a block's experts follow its router."""
+        experts, tensors = iter(self.expert_tensors), list[int]()
+        for (name, _), numel in zip(self.sizes.dense, self.dense_tensors, strict=True):
+            tensors.append(numel)
+            if name.endswith(".mlp.gate.weight"):
+                tensors += [next(experts), next(experts)]
+        return tuple(tensors)
 
     @cached_property
     def whole_gradients(self) -> int:
