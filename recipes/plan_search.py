@@ -16,6 +16,7 @@ from moe_models.devices import Device
 from moe_models.ds_schema import ExpertParallel
 from moe_models.errors import UserError
 from moe_models.layout import Layout, divisors
+from moe_models.memory import memory_moments
 from moe_models.moe_schema import Moe
 from moe_models.predict import GIB, Prediction, predict
 from moe_models.preflight import check_run, length_problems
@@ -28,6 +29,8 @@ PRESETS = Path(__file__).parents[1] / "ds_configs"
 LARGEST_MICRO_BATCH = 64
 SHORTEST = 256
 """Tokens below which a shorter sequence is not proposed."""
+MOST_DOUBLINGS = 8
+"""How often the number of GPUs is doubled in the search for one that fits."""
 USUAL_NODE = 8
 """GPUs of a node, where a plan for less than a node looks for more GPUs."""
 LARGEST_TP = 8
@@ -230,7 +233,7 @@ def nothing_fits(request: Request, plans: list[Plan]) -> list[str]:
         if shorter
         else f"fewer tokens: not even --seq_length {min([request.length, *lengths])} fits"
     )
-    counts = [request.gpus * 2**n for n in range(1, 12)]
+    counts = [request.gpus * 2**n for n in range(1, MOST_DOUBLINGS + 1)]
     more = next(((gpus, plan) for gpus in counts if (plan := frugal(replace(request, gpus=gpus, batch=gpus)))), None)
     lines.append(
         f"more GPUs: --gpus {more[0]} fits ({more[1].name}, {_gib(more[1])} GiB)"
@@ -252,10 +255,23 @@ def frugal(request: Request) -> Plan | None:
     choices: tuple[Offload, ...] = ("", "optimizer", "optimizer and weights")
     for offload in choices:
         for stage, ep, tp, sp in layouts(request, sizes):
-            ds = build(stage, ep, tp, sp, offload)
-            if (offload == choices[-1] and stage < 3) or check_run(ds, request.config, request.gpus):
+            if offload == choices[-1] and stage < 3:
                 continue
-            states = StateBytes(ds, sizes, Layout(request.gpus, ep, tp, sp))
-            if (plan := evaluate(request, states, ds, offload, work)).fits:
-                return plan
+            ds, layout = build(stage, ep, tp, sp, offload), Layout(request.gpus, ep, tp, sp)
+            states = StateBytes(ds, sizes, layout)
+            moments = memory_moments(
+                ds,
+                states,
+                layout,
+                work,
+                reserved_gib=request.device.reserved_gib,
+                skew=request.skew,
+                liger=request.liger,
+            )
+            if max(moment.needed for moment in moments) > request.device.usable_gib * GIB:
+                continue  # before the preflight, which takes longer
+            if not check_run(ds, request.config, request.gpus):
+                plan = evaluate(request, states, ds, offload, work)
+                if plan.fits:
+                    return plan
     return None
