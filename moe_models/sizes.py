@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -50,7 +51,7 @@ class ModelSizes:
     dense: tuple[tuple[str, Shape], ...]
     """Module name and shape of every parameter that is not in a routed expert."""
 
-    @property
+    @cached_property
     def dense_params(self) -> int:
         """Parameters outside the routed experts: attention, norms, routers, shared experts, embeddings."""
         return sum(prod(shape) for _, shape in self.dense)

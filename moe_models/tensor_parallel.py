@@ -35,6 +35,8 @@ def layer_specs(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def spec_of(name: str, specs: list[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The entry that AutoTP applies to the module of parameter ``name``, or None."""
+    if not specs:
+        return None
     weight = re.sub(r"\.bias$", ".weight", name)
     return next((spec for spec in specs if any(re.match(p, weight) for p in spec.get("patterns", []))), None)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -73,20 +74,26 @@ def spans_nodes(groups: Groups, gpus_per_node: int | None) -> bool:
 def traffic(ds: DsConfig, sizes: ModelSizes, layout: Layout, work: Work, gpus_per_node: int | None) -> list[Flow]:
     """Every flow of one optimizer step, those with one rank in the group left out. Pipeline stages are not covered."""
     plan = _Plan(ds, sizes, layout, work)
-    groups = {
+    groups = _groups(layout, gpus_per_node)
+    rows = [*plan.experts(), *plan.gradients(), *plan.weights(), *plan.tensor_parallel(), *plan.sequence_parallel()]
+    return [
+        Flow(what=what, collective=kind, group=group, size=groups[group][0], payload=n, across=groups[group][1])  # type: ignore[arg-type]
+        for what, kind, group, n in rows
+        if groups[group][0] > 1 and n > 0
+    ]
+
+
+@lru_cache(maxsize=512)
+def _groups(layout: Layout, gpus_per_node: int | None) -> dict[str, tuple[int, bool]]:
+    """Ranks in a group of each kind, and whether some group spans nodes. The planner asks thousands of times."""
+    kinds = {
         "EP": layout.ep_groups(),
         "EDP": layout.edp_groups(),
         "DP": layout.zero_groups(),
         "TP": layout.tp_groups(),
         "SP": layout.sp_groups(),
     }
-    crossing = {name: spans_nodes(some, gpus_per_node) for name, some in groups.items()}
-    rows = [*plan.experts(), *plan.gradients(), *plan.weights(), *plan.tensor_parallel(), *plan.sequence_parallel()]
-    return [
-        Flow(what=what, collective=kind, group=group, size=len(groups[group][0]), payload=n, across=crossing[group])  # type: ignore[arg-type]
-        for what, kind, group, n in rows
-        if len(groups[group][0]) > 1 and n > 0
-    ]
+    return {name: (len(groups[0]), spans_nodes(groups, gpus_per_node)) for name, groups in kinds.items()}
 
 
 _Row = tuple[str, Collective, str, int]
