@@ -20,6 +20,7 @@ from moe_models.families import FAMILIES, HAS_SELECTION_BIAS, Family, moe_blocks
 from moe_models.inputs import check_dataset_path, check_output_dir, read_model_config
 from moe_models.layout import divisors, size_problems
 from moe_models.native_checks import check_native
+from moe_models.sequence_parallel import sequence_parallel_problems
 from moe_models.tensor_parallel import tensor_parallel_problems
 
 __all__ = [
@@ -50,6 +51,7 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
     problems += zero_problems(ds)
     problems += _balance_problems(ds, model_config)
     problems += tensor_parallel_problems(ds, model_config)
+    problems += sequence_parallel_problems(ds, model_config)
     if ds.expert_parallel is None and ds.moe.layer is None and model_config.get("model_type") not in FAMILIES:
         problems.append(
             f"model_type = {show(model_config.get('model_type'))}: known are {', '.join(sorted(FAMILIES))}; turn a "

@@ -186,8 +186,9 @@ def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str
     """Flags of TRL that this recipe cannot honour, or that cannot fit the model or the JSON."""
     from moe_models.hf_folder import parse_size
     from moe_models.preflight import length_problems
+    from moe_models.sequence_parallel import sequence_parallel_flags
 
-    problems = []
+    problems = [] if ds is None else [*sequence_parallel_flags(given, ds)]
     if given.use_peft or given.load_in_4bit or given.load_in_8bit:
         problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
     if given.trust_remote_code:
@@ -195,14 +196,23 @@ def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str
             "--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"
         )
     problems += length_problems(given.max_length, model_config)
+    if given.bf16 and given.fp16:
+        problems.append("--bf16 and --fp16: a run has one precision; drop one of them")
     for name in ("bf16", "fp16"):
         if getattr(given, name) and ds is not None and ds.precision not in ("auto", name):
             problems.append(
                 f'--{name}: the precision of {ds.path} is {ds.precision}; set {name}.enabled to true or "auto" there, '
                 f"or drop --{name}"
             )
+        elif getattr(given, name) and ds is not None and ds.precision == "auto" and name not in ds.raw:
+            problems.append(f'--{name}: {ds.path} has no {name} section; add "{name}": {{"enabled": "auto"}}')
     if given.dataset_streaming and given.max_steps <= 0:
         problems.append("--dataset_streaming: the number of rows is not known then; set --max_steps")
+    if given.dataset_streaming and ds is not None and ds.tp_size * ds.sp_size > 1:
+        problems.append(
+            "--dataset_streaming: with tensor or sequence parallelism accelerate would give all ranks the same rows; "
+            "drop it"
+        )
     try:
         parse_size(given.export_max_shard_size)
     except ValueError as error:

@@ -64,11 +64,12 @@ def rows(count: int, seed: int = 0, vocab: int = 64) -> list[dict[str, list[int]
 
 
 def fresh_accelerate() -> None:
-    """Forget the last case's accelerate, HF-DeepSpeed and tensor-parallel state; the process group stays."""
+    """Forget the last case's accelerate, HF-DeepSpeed, tensor- and sequence-parallel state; the process group stays."""
     import sys
 
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -77,6 +78,7 @@ def fresh_accelerate() -> None:
     # A run with tensor parallelism leaves itself in these globals, and the next engine would be one too.
     if "deepspeed" in sys.modules:
         from deepspeed.module_inject.layers import set_autotp_mode
+        from deepspeed.runtime.sequence_parallel import parallel_state_sp
         from deepspeed.runtime.tensor_parallel import init_utils
         from deepspeed.utils import groups
 
@@ -85,6 +87,9 @@ def fresh_accelerate() -> None:
         for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "mesh_device"):
             setattr(groups, name, None)
         groups.mpu = None
+        parallel_state_sp._release_sequence_parallel_groups()
+        for kind, attend in list(ALL_ATTENTION_FUNCTIONS.items()):
+            ALL_ATTENTION_FUNCTIONS[kind] = getattr(attend, "alone", attend)
 
 
 def tokenizer() -> Any:
@@ -114,11 +119,10 @@ def build_trainer(
     from moe_models.trainer import MoETrainer
 
     class RecordingTrainer(trainer_class or MoETrainer):  # type: ignore[misc]
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.model.training:
-                kept = ("input_ids", "attention_mask", "labels")
-                self.batches.append({k: inputs[k].tolist() for k in kept if k in inputs})
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            kept = ("input_ids", "attention_mask", "labels")
+            self.batches.append({k: inputs[k].tolist() for k in kept if k in inputs})
+            return super().training_step(model, inputs, *args, **kwargs)
 
     fresh_accelerate()
     config = copy.deepcopy(config)

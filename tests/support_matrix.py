@@ -9,12 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-Row = tuple[str, int, str, int, int, int, int]
-"""(family, experts per token, who spreads the experts, ZeRO stage, ranks, EP, TP)"""
+Row = tuple[str, int, str, int, int, int, int, int]
+"""(family, experts per token, who spreads the experts, ZeRO stage, ranks, EP, TP, SP)"""
 
 SEEN: dict[Row, dict[str, float]] = {}
 REFUSED: dict[str, str] = {}
-FILLED_BY = {"test_parity", "test_native", "test_prmoe", "test_tensor_parallel", "test_support_matrix"}
+FILLED_BY = {
+    "test_parity", "test_native", "test_prmoe", "test_tensor_parallel", "test_sequence_parallel", "test_support_matrix",
+}  # fmt: skip
 COLUMNS = ("loss", "auxiliary loss", "gradient norm", "weights")
 HEAD = """# Support matrix
 
@@ -34,6 +36,7 @@ def note(config: dict[str, Any], model: dict[str, Any], ranks: int, found: dict[
         model["model_type"], model["num_experts_per_tok"], "native" if native else "AutoEP" if autoep else "none",
         config["zero_optimization"]["stage"], ranks, native["ep_size"] if native else autoep or 1,
         (config.get("tensor_parallel") or {}).get("autotp_size", 1),
+        config.get("sequence_parallel_size", 1),
     )  # fmt: skip
     kept = SEEN.setdefault(row, {})
     kept.update({name: max(value, kept.get(name, 0.0)) for name, value in found.items()})
@@ -41,8 +44,8 @@ def note(config: dict[str, Any], model: dict[str, Any], ranks: int, found: dict[
 
 def text() -> str:
     """The page."""
-    lines = ["| family | top-k | experts by | ZeRO | ranks | EP | TP | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|---" * (7 + len(COLUMNS)) + "|")
+    lines = ["| family | top-k | experts by | ZeRO | ranks | EP | TP | SP | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|---" * (8 + len(COLUMNS)) + "|")
     for row, found in sorted(SEEN.items()):
         figures = [f"{found[name]:.0e}" if name in found else "has none" for name in COLUMNS]
         lines.append("| " + " | ".join([*map(str, row), *figures]) + " |")

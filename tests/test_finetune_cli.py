@@ -284,11 +284,45 @@ FLAG_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dataset_streaming": True},
         ["--dataset_streaming: the number of rows is not known then; set --max_steps"],
     ),
+    "beside sequence parallelism": (
+        {
+            "deepspeed": PRESETS / "zero1_ep2_sp2.json", "packing": True, "attn_implementation": "eager",
+            "label_smoothing_factor": 0.1, "dataset_streaming": True, "max_steps": 3,
+        },
+        [
+            "--packing, --padding_free with sequence_parallel_size = 2: a row of several documents would attend",
+            "--attn_implementation eager: not with sequence_parallel_size = 2; use sdpa or flash attention",
+            "--label_smoothing_factor 0.1: not with sequence_parallel_size = 2; drop it",
+            "--dataset_streaming: with tensor or sequence parallelism accelerate would give all ranks the same rows",
+        ],
+    ),
     "precision beside the JSON": (
         {"fp16": True},
         ["--fp16: the precision of {json} is bf16; set fp16.enabled to true or \"auto\" there, or drop --fp16"],
     ),
 }  # fmt: skip
+PRECISIONS = {
+    # sections of the JSON, flags, what is said; the model has no weights, which is said when all else is in order
+    "fp16 in both": ({"fp16": {"enabled": "auto"}}, {"fp16": True}, "no file named model.safetensors"),
+    "a flag for each": (
+        {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, {"fp16": True, "bf16": True},
+        "--bf16 and --fp16: a run has one precision; drop one of them",
+    ),
+    "no section for the flag": (
+        {"bf16": {"enabled": "auto"}}, {"fp16": True},
+        '--fp16: {json} has no fp16 section; add "fp16": {{"enabled": "auto"}}',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precision_of_the_flags(name: str, recipe: ForkedRecipe, model: Path, data: Path, tmp_path: Path) -> None:
+    sections, flags, words = PRECISIONS[name]
+    path, out = ds_json(tmp_path, expert_parallel=None, **{"bf16": None, **sections}), tmp_path / "out"
+    ended = recipe(command(model, data, path, out, max_steps=1, report_to="none", **flags), **alone())
+    assert len(ended.errors) == 1, ended
+    assert words.format(json=path) in ended.errors[0]
+    assert ('fp16.enabled "auto" -> false' in ended.stdout) == (name == "fp16 in both")
 
 
 @pytest.mark.parametrize("name", FLAG_CASES)
