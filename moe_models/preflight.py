@@ -8,6 +8,7 @@ deepspeed 0.19.8, ``module_inject/auto_ep_config.py`` (``validate_autoep_config`
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "check_run",
     "length_problems",
     "read_model_config",
+    "reentrant_problems",
     "warnings_for_run",
 ]
 
@@ -72,6 +74,27 @@ def length_problems(max_length: int | None, model_config: Mapping[str, Any]) -> 
     context = model_config.get("max_position_embeddings")
     if max_length and context and max_length > context:
         return [f"--max_length {max_length}: longer than the model's context; use at most {context}"]
+    return []
+
+
+def reentrant_problems(args: Any, aux_loss: bool) -> list[str]:
+    """A line if activation checkpointing would take the auxiliary loss its gradient, and nobody would notice.
+
+    Reentrant checkpointing runs the layers without gradients first, and that is when transformers 5.20.2 takes the
+    router's logits for the loss. ``args`` are TrainingArguments, or the flags they are made of; ``aux_loss`` says
+    whether there is such a loss.
+    """
+    options = args.gradient_checkpointing_kwargs or {}
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except ValueError:  # TrainingArguments will say it
+            return []
+    if aux_loss and args.gradient_checkpointing and options.get("use_reentrant"):
+        return [
+            '--gradient_checkpointing_kwargs {"use_reentrant": true}: the auxiliary loss would have no gradient; set '
+            "it to false, which is the default, or --router_aux_loss_coef 0"
+        ]
     return []
 
 

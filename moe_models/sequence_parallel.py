@@ -31,8 +31,6 @@ def sequence_parallel_problems(ds: DsConfig, model_config: Mapping[str, Any]) ->
             f"train_batch_size = {ds.raw['train_batch_size']} with {key}: transformers compares it with a number that "
             'counts the ranks which share a sequence; write "auto"'
         )
-    if ds.raw.get("compile", {}).get("autoep_non_moe"):
-        yield f"compile.autoep_non_moe = true with {key}: DeepSpeed refuses it; remove compile.autoep_non_moe"
     window = model_config.get("sliding_window") if model_config.get("use_sliding_window", True) else None
     if window:
         yield (

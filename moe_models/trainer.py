@@ -37,6 +37,7 @@ from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.inputs import LAYOUT_FILE
 from moe_models.moe_schema import Balance
 from moe_models.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
+from moe_models.preflight import reentrant_problems
 from moe_models.proof import ExportProof, prove_folder, record_logits
 from moe_models.relayout import any_layout, describe_engine
 from moe_models.routing import Routing
@@ -58,7 +59,8 @@ class MoETrainer(UlyssesTrainer):
     """SFTTrainer for HF MoE models under DeepSpeed; takes the same arguments.
 
     Raises:
-        ValueError: if the model's ``model_type`` is not in :data:`~moe_models.families.FAMILIES`.
+        ValueError: if the model's ``model_type`` is not in :data:`~moe_models.families.FAMILIES`, or if flags of
+            activation checkpointing, packing or attention cannot be honoured.
         RuntimeError: when training starts, if AutoEP did not replace exactly the model's MoE blocks.
         TrainingStoppedError: during training, when loss, gradient norm or weights are not finite.
         ExportError: from :meth:`save_model`, if the folder would not hold the whole model.
@@ -82,6 +84,8 @@ class MoETrainer(UlyssesTrainer):
         restore_rotary_buffers(model)
         register_presets()
         super().__init__(model, *args, **kwargs)
+        if problems := reentrant_problems(self.args, self.aux_loss_enabled):
+            raise ValueError(problems[0])
         self.native = native_blocks(model)
         layers = [block.layer for block in self.native.values()]
         self._drops_tokens = any(layer.drop_tokens for layer in layers)

@@ -184,11 +184,15 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
 
 def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str]:
     """Flags of TRL that this recipe cannot honour, or that cannot fit the model or the JSON."""
+    from moe_models.compiled import compile_problems
     from moe_models.hf_folder import parse_size
-    from moe_models.preflight import length_problems
+    from moe_models.preflight import length_problems, reentrant_problems
     from moe_models.sequence_parallel import sequence_parallel_flags
 
-    problems = [] if ds is None else [*sequence_parallel_flags(given, ds)]
+    problems = []
+    if ds is not None:
+        wanted = bool(given.torch_compile or given.torch_compile_backend or given.torch_compile_mode)
+        problems += [*sequence_parallel_flags(given, ds), *compile_problems(ds, wanted)]
     if given.use_peft or given.load_in_4bit or given.load_in_8bit:
         problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
     if given.trust_remote_code:
@@ -196,6 +200,10 @@ def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str
             "--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"
         )
     problems += length_problems(given.max_length, model_config)
+    coefficient = given.router_aux_loss_coef
+    problems += reentrant_problems(
+        given, bool(model_config.get("router_aux_loss_coef") if coefficient is None else coefficient)
+    )
     if given.bf16 and given.fp16:
         problems.append("--bf16 and --fp16: a run has one precision; drop one of them")
     for name in ("bf16", "fp16"):

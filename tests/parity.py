@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,8 @@ def fresh_accelerate() -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO")]:  # left by --torch_compile
+        del os.environ[name]
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()

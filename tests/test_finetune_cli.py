@@ -296,6 +296,14 @@ FLAG_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
             "--dataset_streaming: with tensor or sequence parallelism accelerate would give all ranks the same rows",
         ],
     ),
+    "a compiler for the whole model": (
+        {"torch_compile_backend": "aot_eager", "report_to": "none"},
+        ["--torch_compile with expert_parallel: the whole model cannot be compiled"],
+    ),
+    "an auxiliary loss without gradient": (
+        {"gradient_checkpointing_kwargs": '{"use_reentrant": true}', "report_to": "none"},
+        ['--gradient_checkpointing_kwargs {{"use_reentrant": true}}: the auxiliary loss would have no gradient'],
+    ),
     "precision beside the JSON": (
         {"fp16": True},
         ["--fp16: the precision of {json} is bf16; set fp16.enabled to true or \"auto\" there, or drop --fp16"],

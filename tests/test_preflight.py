@@ -238,7 +238,13 @@ def test_routing(ds: Any, ep: dict[str, Any], config: dict[str, Any], words: str
             {},
             {},
             {"sequence_parallel_size": 2, "compile": {"autoep_non_moe": True}},
-            "compile.autoep_non_moe = true with sequence_parallel_size = 2: DeepSpeed refuses it",
+            "compile.autoep_non_moe = true with sequence parallelism: refused by DeepSpeed",
+        ),
+        (
+            {},
+            {"stage": 3, "offload_param": {"device": "cpu"}},
+            {"compile": {"autoep_non_moe": True}},
+            "compile.autoep_non_moe = true with ZeRO stage 3, offload: refused by DeepSpeed; remove",
         ),
         (None, {"legacy_stage1": True}, {}, "zero_optimization.legacy_stage1 = true: DeepSpeed no longer has it"),
         (

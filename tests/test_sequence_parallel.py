@@ -167,15 +167,18 @@ def test_evaluation_is_that_of_other_layouts(clusters: Clusters, tiny_checkpoint
 
 
 def test_resumed_here_and_elsewhere(clusters: Clusters, tmp_path: Path) -> None:
-    """With the recipe and its JSON; then without sequence parallelism on half the ranks, which read the same rows."""
+    """With the recipe and its JSON; then without sequence parallelism, on ranks that read the same rows in a step."""
     check_resume(clusters(4), tmp_path, "zero1_ep2_sp2", replicas=2)
     straight = curve_of(tmp_path / "straight" / "checkpoint-6")
-    shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "elsewhere" / "checkpoint-3")
-    arguments = flags(tmp_path / "tiny", tmp_path / "train.jsonl", "zero2_ep2", tmp_path / "elsewhere", 2)
-    resumed = clusters(2).run(train_in_cluster, [*arguments, "--resume_from_checkpoint", "true"])[0]
-    got = curve(resumed, "loss", "grad_norm")
-    for step in (4, 5, 6):
-        assert got[step] == pytest.approx(straight[step], rel=1e-5)
+    # On 4 ranks a micro-batch is half as large, which the auxiliary loss is a function of.
+    for preset, ranks, tolerance in (("zero2_ep2", 2, 1e-5), ("zero1_ep2", 4, 2e-2)):
+        out = tmp_path / preset
+        shutil.copytree(tmp_path / "straight" / "checkpoint-3", out / "checkpoint-3")
+        arguments = flags(tmp_path / "tiny", tmp_path / "train.jsonl", preset, out, ranks)
+        resumed = clusters(ranks).run(train_in_cluster, [*arguments, "--resume_from_checkpoint", "true"])[0]
+        got = curve(resumed, "loss", "grad_norm")
+        for step in (4, 5, 6):
+            assert got[step] == pytest.approx(straight[step], rel=tolerance)
 
 
 def curve_of(checkpoint: Path) -> dict[int, tuple[float, ...]]:
