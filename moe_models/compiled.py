@@ -23,7 +23,7 @@ def compile_problems(ds: DsConfig, torch_compile: bool) -> Iterator[str]:
         )
     elif ds.expert_parallel is not None and not around:
         yield (
-            "--torch_compile with expert_parallel: the whole model cannot be compiled (AutoEP's exchange of tokens "
-            'fails in it); set "compile": {"autoep_non_moe": true}, by which DeepSpeed compiles what is around the MoE '
-            "layers, or drop --torch_compile"
+            "--torch_compile with expert_parallel: the experts' grouped product cannot be traced on CPU processes, and "
+            'nobody has tried it on GPUs here; set "compile": {"autoep_non_moe": true}, by which DeepSpeed compiles what '
+            "is around the MoE layers, or drop --torch_compile"
         )
