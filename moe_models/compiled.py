@@ -24,6 +24,6 @@ def compile_problems(ds: DsConfig, torch_compile: bool) -> Iterator[str]:
     elif ds.expert_parallel is not None and not around:
         yield (
             "--torch_compile with expert_parallel: the experts' grouped product cannot be traced on CPU processes, and "
-            'nobody has tried it on GPUs here; set "compile": {"autoep_non_moe": true}, by which DeepSpeed compiles what '
-            "is around the MoE layers, or drop --torch_compile"
+            'nobody has tried it on GPUs here; set "compile": {"autoep_non_moe": true}, by which DeepSpeed compiles '
+            "what is around the MoE layers, or drop --torch_compile"
         )
