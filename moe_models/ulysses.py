@@ -6,8 +6,8 @@ whole sequence for its share of the heads. Evaluation and generation are not spl
 
 DeepSpeed 0.19.8 sums gradients over SP and averages them over DP, so a loss that is to be right is this rank's own
 share of it: the sum over its tokens, divided by the tokens of all. (transformers 5.20.2 hands every rank the whole loss
-through a differentiable all-gather instead, and its gradient comes out SP times too large; so do accelerate's and TRL's
-paths through it. They are not taken.)
+through a differentiable all-gather instead, and gradients come out SP times too large: a norm of 12.06 for 6.03 on the
+tiny Mixtral at SP 2, and clipping to match. TRL 1.16 takes that path too; it is not taken here.)
 """
 
 from __future__ import annotations
