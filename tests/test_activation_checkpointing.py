@@ -72,3 +72,34 @@ def test_other_experts_in_the_second_pass_are_seen(
             run=partial(other_experts_again), gradient_checkpointing=True, gradient_checkpointing_kwargs=kind,
         )  # fmt: skip
     assert "CheckpointError" in str(seen.value) or "assert" in str(seen.value)
+
+
+def train_unchecked(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """`parity.train_case` on a rank whose trainer refuses nothing."""
+    from moe_models import trainer
+
+    with parity.planted(trainer, "reentrant_problems", lambda *refused: []):
+        return parity.train_case(*args, **kwargs)
+
+
+def refusal(*args: Any, **kwargs: Any) -> str:
+    """Runs on the ranks: why the trainer does not train."""
+    try:
+        parity.build_trainer(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_reentrant_would_take_the_auxiliary_loss_its_gradient(
+    clusters: Clusters, tiny_checkpoints: Tiny, references: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Refused by the trainer; without the refusal the first loss is right, and the first gradient is not."""
+    flags = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": REENTRANT}
+    source, config = tiny_checkpoints("mixtral"), parity.ds_config(1, 2)
+    told = clusters(2).run(refusal, str(source), str(tmp_path), config, **flags)
+    assert all("the auxiliary loss would have no gradient" in text for text in told)
+    results = clusters(2).run(train_unchecked, str(source), str(tmp_path), config, **flags)
+    expected = references(source, [result["batches"] for result in results], 1)
+    assert results[0]["loss"][0] == pytest.approx(expected["loss"][0], rel=test_parity.LOSS_TOLERANCE)
+    assert results[0]["grad_norm"][0] != pytest.approx(expected["grad_norm"][0], rel=3 * test_parity.NORM_TOLERANCE)
