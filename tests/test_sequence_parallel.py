@@ -67,6 +67,16 @@ def test_training_equals_hugging_face(
     check_case(clusters(ranks), references, tiny_checkpoints(model_type), tmp_path, config, accumulation)
 
 
+@pytest.mark.conformance
+@pytest.mark.parametrize("stage", [1, 2])
+def test_with_the_optimizer_in_host_memory(
+    stage: int, clusters: Clusters, tiny_checkpoints: Tiny, references: Callable[..., Any], tmp_path: Path
+) -> None:
+    config, offload = sp_config(stage, 2), {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    config["zero_optimization"] |= offload
+    check_case(clusters(2), references, tiny_checkpoints("mixtral"), tmp_path, config, 2)
+
+
 def cut_before_shifting(self: Any, inputs: Any) -> Any:
     shard = SHARD(self, inputs)
     shard["shift_labels"][:, -1] = -100
