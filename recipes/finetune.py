@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from command_line import FROM_CHECKPOINT, RANK, WORLD_SIZE, ModelFlags, describe, read_command_line, resume_value
-from moe_models.errors import UserError, exit_with
+from moe_models.errors import UserError
+from moe_models.watch import end_with, leave
 
 # Torch renames of this year, said once per call by every rank; they are DeepSpeed's and accelerate's to follow.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
@@ -69,7 +70,7 @@ def main(about: str = __doc__ or "", flags: ModelFlags = FROM_CHECKPOINT, make_m
         script, recipe, args, model_args, ds = read_command_line(sys.argv[1:], about.split("\n\n")[0], flags)
         train_rows, eval_rows = load_data(script, recipe, args)
     except UserError as error:
-        exit_with(error, rank=RANK)
+        end_with(error)
     from moe_models.hf_folder import ExportError
     from moe_models.trainer import TrainingStoppedError
 
@@ -81,10 +82,10 @@ def main(about: str = __doc__ or "", flags: ModelFlags = FROM_CHECKPOINT, make_m
         trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
         evaluate_and_export(trainer, ds, eval_rows)
     except UserError as error:
-        exit_with(error, rank=RANK)
+        end_with(error)
     except (TrainingStoppedError, ExportError) as error:
         print(file=sys.stderr)  # ends the progress bar's line
-        exit_with(UserError(str(error)), rank=RANK, code=1)
+        end_with(UserError(str(error)), code=1)
     # Not in a finally: a rank that fails alone must end at once, for only then does the launcher stop the others.
     leave_process_group()
     global complete
@@ -237,6 +238,7 @@ def leave_process_group() -> None:
     """Close the process group, so that the launcher ends without warnings."""
     import torch.distributed as dist
 
+    leave()
     if dist.is_initialized():
         dist.destroy_process_group()
 
