@@ -49,7 +49,7 @@ def flag_facts(words: Iterable[str]) -> dict[str, str]:
             flags[name] = word
         elif name:
             flags[name] = f"{flags[name]} {word}".strip()
-    return flags
+    return {name: value or "given" for name, value in flags.items()}
 
 
 def json_facts(where: str, content: Mapping[str, Any]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from moe_models.node_facts import MENDS, Facts, Report, differences
 
 SECONDS_TO_COME = 600
 """How long the nodes wait for each other at the start."""
-SECONDS_TO_SEE = 10
+SECONDS_TO_SEE = 5
 """How long a node looks for a file that another one wrote."""
 
 
@@ -93,16 +93,16 @@ class Meeting:
     def require_shared(self, folder: Path, flag: str) -> None:
         """Raise UserError, on every rank, unless what node 0 writes at ``folder`` is seen by the others."""
         problems, probe = [], None
+        parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
         if self.speaks and self.index == 0:
-            parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
             probe = parent / f".seen-by-every-node-{secrets.token_hex(8)}"
             try:
                 probe.touch(exist_ok=False)
             except OSError as error:
                 problems = [f"{flag} {folder}: cannot be written ({error.strerror})"]
-            self.store.set("probe", str(probe))
+            self.store.set("probe", probe.name)
         elif self.speaks:
-            written = Path(self.store.get("probe").decode())
+            written = parent / self.store.get("probe").decode()
             deadline = time.monotonic() + SECONDS_TO_SEE
             while not written.exists() and time.monotonic() < deadline:
                 time.sleep(0.05)

@@ -143,7 +143,6 @@ class Watch:
         self._hook(kind, error, trace)
         if os.getpid() != self._pid:  # a worker process of the data loader
             return
-        sys.stderr.flush()
         reason = (str(error).strip().splitlines() or [""])[0]
         lines = self._why() if issubclass(kind, Exception) else []
         lines = lines or [f"{self._meeting.name}: {kind.__name__}: {reason}"]
