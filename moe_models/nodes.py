@@ -144,7 +144,7 @@ class Meeting:
         raise UserError(verdict["problems"])
 
     def _wait_for(self, topic: str) -> None:
-        begun = time.monotonic()
+        begun, told = time.monotonic(), self.rank != 0
         while not self.store.check([f"{topic}/verdict"]):
             waited = time.monotonic() - begun
             if waited > SECONDS_TO_COME:
@@ -153,7 +153,8 @@ class Meeting:
                     f"{self.name}: {come} of {self.count} nodes came within {SECONDS_TO_COME} s; start the recipe on "
                     "every node, each with its own node rank"
                 )
-            if self.rank == 0 and waited < 30 <= waited + 0.1:
+            if not told and waited > 30:
+                told = True
                 come = self.store.add(f"{topic}/come", 0)
                 print(f"waiting for the other nodes; {come} of {self.count} are here", flush=True)
             time.sleep(0.02 if waited < 5 else 0.1)

@@ -13,7 +13,7 @@
     # no GPU: two CPU processes, for trying things out (precision and optimizer are adapted, and it says so)
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 recipes/finetune.py ... --deepspeed ds_configs/zero1_ep2.json
 
-    # more than one machine: the launcher's hostfile (lines such as "10.0.0.1 slots=8"), over pdsh, or once on each node;
+    # more than one machine: the launcher's hostfile (lines such as "10.0.0.1 slots=8"), over pdsh, or once on each;
     # ./run.sh does it with HOSTFILE and NODE_RANK, recipes/slurm.sbatch under SLURM
     deepspeed --hostfile hosts recipes/finetune.py ...
     deepspeed --hostfile hosts --no_ssh --node_rank 0 --master_addr 10.0.0.1 recipes/finetune.py ...
@@ -24,9 +24,9 @@ Data: a hub id, a folder or a file (.txt, .jsonl, .json, .parquet) with `text`, 
 assistant's turns only with --assistant_only_loss), or `prompt` and `completion`. All other flags are those of TRL's
 SFTConfig and ModelConfig.
 
-On several machines the versions, the flags, the JSON, the model's config.json and the data must be equal, and --output_dir
-must be shared (not with --save_strategy no). The nodes compare that first, and refuse with the name of the one that
-differs; one that fails later ends the others.
+On several machines the versions, the flags, the JSON, the model's config.json and the data must be equal, and
+--output_dir must be shared (not with --save_strategy no). The nodes compare that first, and refuse with the name of the
+one that differs; one that fails later ends the others.
 
 Afterwards `OUTPUT_DIR/model` holds the whole model in the layout of the hub, reloaded and compared with the trained one
 before it got its name; `OUTPUT_DIR/checkpoint-N` resumes; `OUTPUT_DIR/summary.json` says what was measured. It is
