@@ -219,22 +219,6 @@ def test_output_folder_that_holds_something(recipe: ForkedRecipe, model: Path, d
     assert sorted(p.name for p in out.rglob("*")) == ["checkpoint-3", "notes", "trainer_state.json"]
 
 
-def test_a_checkpoint_of_tensor_parallelism_is_not_resumed_without(
-    recipe: ForkedRecipe, model: Path, data: Path, tmp_path: Path
-) -> None:
-    """Said before a weight is read: the model of these tests has none."""
-    out = tmp_path / "out"
-    (out / "checkpoint-3").mkdir(parents=True)
-    (out / "checkpoint-3" / "trainer_state.json").write_text("{}")
-    layout = {"world_size": 2, "zero_stage": 1, "experts": "autoep", "ep_size": 2, "tp_size": 2}
-    (out / "checkpoint-3" / "layout.json").write_text(json.dumps(layout))
-    again = command(model, data, PRESETS / "zero1_ep2.json", out, resume_from_checkpoint="true")
-    ended = recipe(again, WORLD_SIZE="2")
-    assert (ended.code, len(ended.errors)) == (2, 1), ended
-    assert ended.errors[0].startswith(f"{out}/checkpoint-3: written by another layout"), ended
-    assert "go on with the layout that wrote it" in ended.errors[0], ended
-
-
 def test_nothing_to_resume(recipe: ForkedRecipe, model: Path, data: Path, tmp_path: Path) -> None:
     out, path = tmp_path / "out", PRESETS / "zero1_ep2.json"
     for value, line in (
