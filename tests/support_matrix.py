@@ -1,7 +1,7 @@
-"""docs/support-matrix.md: what the parity tests of one `-m conformance` run saw, and what is refused and why.
+"""docs/support-matrix.md: what the parity tests of one `-m conformance` run saw, what is refused and why; README's table.
 
 Every case that holds is noted with its largest deviations from single-process Hugging Face; a layout is one row, over
-accumulation 1 and 2. tests/conftest.py writes the file at the end of a run that selected everything and had no failure.
+accumulation 1 and 2. tests/conftest.py writes both at the end of a run that selected everything and had no failure.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ FILLED_BY = {
     "test_parity", "test_native", "test_prmoe", "test_tensor_parallel", "test_sequence_parallel", "test_support_matrix",
 }  # fmt: skip
 COLUMNS = ("loss", "auxiliary loss", "gradient norm", "weights")
+MARKS = ("<!-- support table: from docs/support-matrix.md -->", "<!-- end of the support table -->")
 HEAD = """# Support matrix
 
 Written by `python -m pytest -m conformance` on CPU processes, fp32. Each row: five AdamW steps with active clipping,
@@ -54,8 +55,34 @@ def text() -> str:
     return HEAD + "\n".join([*lines, *refused]) + "\n"
 
 
+def summary(page: str) -> str:
+    """README's table: a line for each family and way to spread experts, out of the page."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.count("|") > 12]
+    kinds: dict[tuple[str, str], list[list[str]]] = {}
+    for row in rows[1:]:
+        if not row[0].startswith("-"):
+            kinds.setdefault((row[0], row[2]), []).append(row)
+    lines = ["| family (`model_type`) | experts by | ZeRO | EP | TP | SP | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|---" * (6 + len(COLUMNS)) + "|")
+    for (family, spread), found in sorted(kinds.items()):
+        values = [", ".join(sorted({row[column] for row in found})) for column in (3, 5, 6, 7)]
+        for column in range(8, 8 + len(COLUMNS)):
+            numbers = [float(row[column]) for row in found if row[column] != "has none"]
+            values.append(f"{max(numbers):.0e}" if numbers else "has none")
+        lines.append("| " + " | ".join([f"`{family}`", spread, *values]) + " |")
+    return "\n".join(lines)
+
+
+def in_readme(readme: str, page: str) -> str:
+    """README with the table of ``page`` between its marks."""
+    before, rest = readme.split(MARKS[0])
+    return before + MARKS[0] + "\n" + summary(page) + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+
+
 def write(path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text())
-    temporary.replace(path)
+    readme, page = path.parents[1] / "README.md", text()
+    for target, content in ((path, page), (readme, in_readme(readme.read_text(), page))):
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(content)
+        temporary.replace(target)

@@ -100,3 +100,9 @@ def test_the_page_is_of_these_tests() -> None:
     figures = [float(number) for number in re.findall(r"\d\.?\d*e[-+]\d\d", page)]
     assert figures
     assert max(figures) <= 1e-4
+
+
+def test_readme_has_the_table_of_the_page() -> None:
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "support-matrix.md").read_text()
+    assert readme == support_matrix.in_readme(readme, page)
+    assert readme.count("| AutoEP | 1, 2, 3 | 1, 2, 4 |") == len(TINY)
