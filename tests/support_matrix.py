@@ -1,4 +1,4 @@
-"""docs/support-matrix.md: what the parity tests of one `-m conformance` run saw, what is refused and why; README's table.
+"""docs/support-matrix.md: what the parity tests of a `-m conformance` run saw, what is refused; and README's table.
 
 Every case that holds is noted with its largest deviations from single-process Hugging Face; a layout is one row, over
 accumulation 1 and 2. tests/conftest.py writes both at the end of a run that selected everything and had no failure.
