@@ -64,7 +64,7 @@ class Device:
     host_adam_gparams_per_s: float
     """10^9 parameters a second that one rank's share of the CPU updates."""
     node: Mapping[str, Link]
-    """``all_to_all`` and ``all_reduce`` inside a node."""
+    """``all_to_all``, ``all_reduce`` and, where it differs from that, ``all_gather`` inside a node."""
     network: Mapping[str, Link]
     """The same between nodes, for groups with one GPU in each node, all groups at once."""
     grouped_matmul_efficiency: Pairs = ()
@@ -125,7 +125,7 @@ _NUMBERS = (
     "host_link_gb_per_s",
     "host_adam_gparams_per_s",
 )
-_FABRICS, _COLLECTIVES = ("node", "network"), ("all_to_all", "all_reduce")
+_FABRICS, _COLLECTIVES = ("node", "network"), ("all_to_all", "all_reduce", "all_gather")
 
 
 def _calibrated(device: Device, path: Path) -> Device:
@@ -161,7 +161,7 @@ def _calibrated(device: Device, path: Path) -> Device:
 
 def _links(fabric: str, value: Any) -> tuple[dict[str, Link], list[str]]:
     if not isinstance(value, dict):
-        return {}, [f"{fabric} = {show(value)}: must be an object with {' and '.join(_COLLECTIVES)}"]
+        return {}, [f"{fabric} = {show(value)}: must be an object with {', '.join(_COLLECTIVES)}"]
     links, problems = {}, []
     for kind, figure in value.items():
         where = f"{fabric}.{kind} = {show(figure)}"

@@ -187,7 +187,9 @@ def measure(args: argparse.Namespace, config: dict[str, Any], cases: dict[str, l
     where = "node" if on_node % args.ep_size == 0 else "network" if on_node == 1 else None
     said = f"{time.strftime('%Y-%m-%d')}, {WORLD_SIZE} x {name}, EP {args.ep_size}, torch {torch.__version__}"
     collectives = (
-        {where: {key: links[key] for key in ("all_to_all", "all_reduce")}} if where and args.ep_size > 1 else {}
+        {where: {key: links[key] for key in ("all_to_all", "all_reduce", "all_gather")}}
+        if where and args.ep_size > 1
+        else {}
     )
     return {
         "measured": said,

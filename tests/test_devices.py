@@ -80,7 +80,7 @@ def test_seconds() -> None:
         ({"grouped_matmul_efficiency": 1.2}, "grouped_matmul_efficiency = 1.2: must be a share of at most 1"),
         ({"grouped_matmul_efficiency": [[2, 0.5], [1, 0.4]]}, "must be a share of at most 1, or ascending"),
         ({"node": 5}, "node = 5: must be an object"),
-        ({"node": {"broadcast": 5}}, "node.broadcast = 5: unknown key; allowed: all_to_all, all_reduce"),
+        ({"node": {"broadcast": 5}}, "node.broadcast = 5: unknown key; allowed: all_to_all, all_reduce, all_gather"),
         ({"network": {"all_reduce": {"gb_per_s": 5}}}, 'must be {"gb_per_s": , "latency_us": } or ascending'),
         ({"measured": 3}, "measured = 3: must say in one line when, where and how"),
     ],
