@@ -23,8 +23,11 @@ from moe_models.traffic import Flow, Work, traffic
 
 MATMUL_SHARE = 0.74
 """Of ``matmul_tflops``, in the dense matrices of a model (attention included)."""
-GROUPED_SHARE, GROUPED_ROWS = 0.82, 170
-"""The experts' grouped product: share at many rows of one expert, and the rows at which half of it is reached."""
+GROUPED_SHARE, GROUPED_ROWS = 0.95, 170
+"""The experts' grouped product alone: share at many rows of one expert, and the rows at which half of it is reached
+(``benchmarks/alltoall.md``); a calibration replaces both."""
+IN_STEP = 0.86
+"""Of that share, inside of a training step."""
 NORM_BYTES = {False: 165, True: 25}
 """For each element that passes an RMSNorm (with the residual sum beside it) or RoPE, forward and backward; eager
 (False) and Liger's kernels (True)."""
@@ -164,8 +167,8 @@ def _normed(sizes: ModelSizes) -> int:
 def grouped_share(device: Device, rows: float) -> float:
     """Share of ``matmul_tflops`` that the grouped product reaches with ``rows`` for each expert."""
     if device.grouped_matmul_efficiency:
-        return interpolate(device.grouped_matmul_efficiency, rows)
-    return GROUPED_SHARE * rows / (rows + GROUPED_ROWS)
+        return IN_STEP * interpolate(device.grouped_matmul_efficiency, rows)
+    return IN_STEP * GROUPED_SHARE * rows / (rows + GROUPED_ROWS)
 
 
 def _seconds(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from moe_models.devices import read_device
+from moe_models.devices import Device, read_device
 from moe_models.flops import train_flops
 from moe_models.memory import Loss
 from moe_models.predict import GIB, Prediction, predict
 from moe_models.sizes import model_sizes
-from tests.layouts import BENCHED, CUT, MEASURED, MIXTRAL_8X7B, fused, layout_of, work
+from tests.layouts import BENCHED, CUT, MEASURED, MIXTRAL_8X7B, ROOT, fused, layout_of, work
 
 H200 = read_device("h200")
 
@@ -22,14 +22,14 @@ def earlier(name: str) -> tuple[float, float]:
     return found.tokens_per_s, speed
 
 
-def benched(name: str) -> tuple[Prediction, float, float]:
+def benched(name: str, device: Device = H200) -> tuple[Prediction, float, float]:
     """(prediction, measured tokens a second and GPU, measured GiB) of a row of recipes/bench.py."""
     model, how, micro, skew, speed, gib = BENCHED[name]
     ds = layout_of(3, 1) if how == "ZeRO-3" else layout_of(1, 2)
     ds = fused(ds) if how == "fused combine" else ds
     loss: Loss = "full" if how in ("bare", "stock", "ZeRO-3") else "chunked"
     batch = work(micro, accumulation=4)
-    return predict(model, ds, 2, 8, batch, H200, skew=skew, liger=how == "Liger", loss=loss), speed, gib
+    return predict(model, ds, 2, 8, batch, device, skew=skew, liger=how == "Liger", loss=loss), speed, gib
 
 
 @pytest.mark.parametrize("name", BENCHED)
@@ -38,6 +38,14 @@ def test_benched(name: str) -> None:
     said, speed, gib = benched(name)
     assert said.tokens_per_s == pytest.approx(speed, rel=0.05)
     assert said.memory.allocated / GIB == pytest.approx(gib, rel=0.10)
+
+
+@pytest.mark.parametrize("name", BENCHED)
+def test_benched_with_the_calibrations_of_these_machines(name: str) -> None:
+    shape = "mixtral" if name.startswith("mixtral") else "finegrained"
+    device = read_device("h200", [ROOT / "benchmarks" / f"calibration-h200-{shape}.json"])
+    said, speed, _ = benched(name, device)
+    assert said.tokens_per_s == pytest.approx(speed, rel=0.06)
 
 
 @pytest.mark.parametrize("name", MEASURED)
