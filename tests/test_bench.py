@@ -110,7 +110,7 @@ def clip_on_two_ranks() -> tuple[float, float]:
     rank = torch.distributed.get_rank()
     parameter = torch.nn.Parameter(torch.zeros(3))
     parameter.grad = torch.tensor([3.0, 0.0, 0.0]) if rank == 0 else torch.tensor([0.0, 4.0, 0.0])
-    norm = recipe("bench_loops").clip_shards([parameter], 1.0)
+    norm = recipe("bench_baselines").clip_shards([parameter], 1.0)
     return float(norm), float(parameter.grad.norm())
 
 
