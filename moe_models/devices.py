@@ -6,6 +6,7 @@ Units: GB is 10^9 bytes, GiB is 2^30; ``sent`` is what one rank puts on the wire
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -86,6 +87,16 @@ def interpolate(pairs: Pairs, x: float) -> float:
 def device_names() -> list[str]:
     """Names that ``read_device`` takes."""
     return sorted(json.loads(DEVICES_FILE.read_text(encoding="utf-8"))["devices"])
+
+
+def link_gb_per_s(gpu: str) -> float | None:
+    """What the links of a GPU, by the name that the driver gives it, carry in one direction; None where unknown."""
+    if "PCI" in gpu.upper():  # no NVLink
+        return None
+    for device in json.loads(DEVICES_FILE.read_text(encoding="utf-8"))["devices"].values():
+        if re.search(rf"\b{device['name'].split()[1]}\b", gpu):
+            return float(device["link_gb_per_s"]["value"])
+    return None
 
 
 def read_device(name: str, calibrations: Iterable[str | Path] = ()) -> Device:
