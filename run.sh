@@ -4,11 +4,13 @@
 #   ./run.sh                     the quickstart: a real model in, expert-parallel training, a proven checkpoint out
 #   ./run.sh finetune ARGS...    recipes/finetune.py under the deepspeed launcher (GPUS=4 ./run.sh finetune ... for four)
 #   ./run.sh pretrain ARGS...    recipes/pretrain.py: the same for a new model out of model_configs/
+#   HOSTFILE=hosts ./run.sh finetune ARGS...   on every machine of the file, started from here (needs pdsh and ssh)
+#   HOSTFILE=hosts NODE_RANK=1 ./run.sh finetune ARGS...   only this machine's part, the second line of the file
 #   ./run.sh upcycle ARGS...     dense model -> Mixture of Experts
 #   ./run.sh export ARGS...      DeepSpeed checkpoint -> Hugging Face folder
 #   ./run.sh check ARGS...       what a layout would do: the grid, the bytes, every error and warning (seconds, no GPU)
 #   ./run.sh plan ARGS...        which layout trains a model fastest on which GPUs, and why (seconds, no GPU)
-#   ./run.sh bench ARGS...     layouts and baselines side by side on these GPUs: tokens/s, memory, where the time goes
+#   ./run.sh bench ARGS...       layouts and baselines side by side on these GPUs: tokens/s, memory, where the time goes
 #   ./run.sh report ARGS...      HTML page: which token goes to which expert on which GPU, and what imbalance costs
 #   ./run.sh test [ARGS...]      lint, types and tests (ARGS go to pytest)
 #
@@ -17,6 +19,11 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$here/.venv
 python=$venv/bin/python
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
 
 install() { # install MARK REQUIREMENTS...: once per content of the requirement files
   local mark=$venv/.installed-$1 want
@@ -34,16 +41,12 @@ verb=${1:-quickstart}
 [ $# -gt 0 ] && shift
 case $verb in
 quickstart | finetune | pretrain | upcycle | export | check | plan | bench | report | test) ;;
--h | --help | help) sed -n '2,15p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
+-h | --help | help) sed -n '2,17p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
 -*) set -- "$verb" "$@" && verb=quickstart ;;
-*)
-  echo "error: ./run.sh $verb: no such verb; one of finetune, pretrain, upcycle, export, check, plan, bench, report, test" >&2
-  exit 2
-  ;;
+*) fail "./run.sh $verb: no such verb; one of finetune, pretrain, upcycle, export, check, plan, bench, report, test" ;;
 esac
 if [ ! -x "$python" ] && ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-  echo "error: ${PYTHON:-python3}: Python 3.10 or later is needed; name one: PYTHON=python3.12 ./run.sh" >&2
-  exit 2
+  fail "${PYTHON:-python3}: Python 3.10 or later is needed; name one: PYTHON=python3.12 ./run.sh"
 fi
 install main requirements.txt
 export PATH=$venv/bin:$PATH
@@ -57,6 +60,28 @@ quickstart)
   exec "$python" "$here/recipes/quickstart.py" "$@"
   ;;
 finetune | pretrain)
+  if [ -n "${HOSTFILE:-}" ]; then
+    # GPUs per machine: slots= of its line. What deepspeed would shrug at or answer with a traceback is said here.
+    [ -f "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE: no such file; one line for each machine: ADDRESS slots=GPUS"
+    bad=$(grep -vE '^[[:space:]]*(#|$|[^[:space:]]+[[:space:]]+slots=[0-9]+)' "$HOSTFILE" | head -n 1 || true)
+    [ -z "$bad" ] || fail "HOSTFILE=$HOSTFILE: $bad: must be ADDRESS slots=GPUS"
+    mapfile -t hosts < <(grep -oE '^[[:space:]]*[^#[:space:]]+' "$HOSTFILE" | tr -d ' \t')
+    [ "${#hosts[@]}" -gt 0 ] || fail "HOSTFILE=$HOSTFILE: names no machine; one line each: ADDRESS slots=GPUS"
+    nodes=(--hostfile "$HOSTFILE" --master_addr "${MASTER_ADDR:-${hosts[0]}}" --master_port "${MASTER_PORT:-29500}")
+    if [ -n "${NODE_RANK:-}" ]; then
+      [[ $NODE_RANK =~ ^[0-9]+$ ]] && [ "$NODE_RANK" -lt "${#hosts[@]}" ] ||
+        fail "NODE_RANK=$NODE_RANK: must be 0 to $((${#hosts[@]} - 1)), the line of this machine in $HOSTFILE"
+      nodes+=(--no_ssh --node_rank "$NODE_RANK")
+    else
+      by_hand="start this on every machine with NODE_RANK=0, 1, ..."
+      command -v pdsh >/dev/null || fail "HOSTFILE=$HOSTFILE needs pdsh, which is not installed; install it, or $by_hand"
+      for word in "$here" "$PWD" "$@"; do # deepspeed puts them into one line for the shells of the other machines
+        [[ $word != *[!A-Za-z0-9_@+=:,./-]* ]] ||
+          fail "$word: the shells of the other machines may read it as something else; use letters, digits and _@+=:,./- or $by_hand"
+      done
+    fi
+    exec "$venv/bin/deepspeed" --quiet "${nodes[@]}" "$here/recipes/$verb.py" "$@"
+  fi
   gpus=${GPUS:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
   exec "$venv/bin/deepspeed" --quiet --num_gpus "$gpus" "$here/recipes/$verb.py" "$@"
   ;;

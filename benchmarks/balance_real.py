@@ -1,13 +1,14 @@
 """What each balancing method makes of a badly skewed router of a real model; prints the table of benchmarks/balance.md.
 
     ./run.sh                                        # once: prepares the real model and text
-    python -m benchmarks.balance_real --steps 120   # 2 GPUs; without, 2 CPU processes and much patience
+    python -m benchmarks.balance_real --steps 200   # 2 GPUs; without, 2 CPU processes and much patience
 
 The model is the quickstart's: SmolLM2-135M upcycled to 4 experts, top-2. Its routers are bent: in each layer the rows
 of two experts get a multiple of the mean router input, so that these two win almost every token (max/mean 2, the most
-that top-2 of 4 can be): 0.3 logits, where the logits of an expert vary by 0.05 from token to token. Odd layers favour
+that top-2 of 4 can be): 0.15 logits, where the logits of an expert vary by 0.05 from token to token. Odd layers favour
 another pair than even ones, which a loss that pools the layers cannot see. All experts start equal, so the bend leaves
-the loss as it was, and what balancing costs is seen from the first step on.
+the loss as it was, and what balancing costs is seen from the first step on. Losses of each layer are averaged over 30
+layers: a coefficient of 0.3 is 0.01 for each, the usual number where layers are summed.
 
 Every method is one JSON file and one run of `recipes/finetune.py` from the same weights over the same batches.
 """
@@ -30,11 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "quickstart"
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"aux_loss_coef": 0.0},
-    "micro_batch": {"aux_loss_coef": 0.02},
-    "micro_batch, per_layer": {"aux_loss_coef": 0.02, "per_layer": True},
-    "global_batch, per_layer": {"aux_loss_coef": 0.02, "per_layer": True, "scope": "global_batch"},
-    "sequence, per_layer": {"aux_loss_coef": 0.02, "per_layer": True, "scope": "sequence"},
-    "bias": {"aux_loss_coef": 0.0, "bias_update_rate": 0.002},
+    "micro_batch": {"aux_loss_coef": 0.3},
+    "micro_batch, per_layer": {"aux_loss_coef": 0.3, "per_layer": True},
+    "global_batch, per_layer": {"aux_loss_coef": 0.3, "per_layer": True, "scope": "global_batch"},
+    "sequence, per_layer": {"aux_loss_coef": 0.3, "per_layer": True, "scope": "sequence"},
+    "bias": {"aux_loss_coef": 0.0, "bias_update_rate": 0.001},
 }
 
 
@@ -92,11 +93,11 @@ def finetune(model: Path, out: Path, balance: dict[str, Any], args: argparse.Nam
 def main() -> None:
     """Bend, train every method, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4, help="rows of --max_length tokens per process and step")
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
-    parser.add_argument("--strength", type=float, default=0.3, help="logits added to the favoured experts")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--strength", type=float, default=0.15, help="logits added to the favoured experts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--include", help="which two GPUs, as the launcher takes it: localhost:2,3")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))

@@ -76,7 +76,8 @@ def warnings_for_run(
 
 def _batch_advice(ds: DsConfig, model_config: Mapping[str, Any], work: Work) -> Iterator[str]:
     """What the number of tokens in a step says about the layout."""
-    tokens = work.micro_batch * work.length
+    length = -(-work.length // ds.sp_size)  # of one rank's part of a sequence
+    tokens = work.micro_batch * length
     experts, family = ds.expert_parallel, FAMILIES.get(str(model_config.get("model_type")))
     if ds.zero_stage == 2 and work.accumulation > 1:
         yield (
@@ -88,7 +89,7 @@ def _batch_advice(ds: DsConfig, model_config: Mapping[str, Any], work: Work) -> 
     if experts.comm_backend == "deepep" and experts.comm_max_tokens_per_rank < tokens:
         yield (
             f"expert_parallel.comm_max_tokens_per_rank = {experts.comm_max_tokens_per_rank}: a rank can hold "
-            f"{tokens} tokens (micro batch {work.micro_batch} x {work.length}), and DeepEP ends the run at more; "
+            f"{tokens} tokens (micro batch {work.micro_batch} x {length}), and DeepEP ends the run at more; "
             f"raise it to {tokens}"
         )
     top_k = model_config.get("num_experts_per_tok") or 1
@@ -97,7 +98,7 @@ def _batch_advice(ds: DsConfig, model_config: Mapping[str, Any], work: Work) -> 
     )
     if each < TOKENS_FOR_ONE_EXPERT:
         yield (
-            f"micro batch {work.micro_batch} x {work.length} tokens: about {each} tokens for one expert in one forward "
+            f"micro batch {work.micro_batch} x {length} tokens: about {each} tokens for one expert in one forward "
             f"pass, which leaves a GPU idle below {TOKENS_FOR_ONE_EXPERT}; raise --per_device_train_batch_size, "
             "or autoep_size"
         )

@@ -14,6 +14,10 @@ What a scope changes is the set of tokens that f and P are taken over:
   then the loss of the whole batch, exactly. With gradient accumulation the later micro-batches are not known when the
   first one runs backward; f is taken over those seen so far in the optimizer step.
 
+With sequence parallelism a sequence lies on the ranks of one SP group: f is taken over all its tokens, and each rank
+takes its own share of P, so that the sum over the group, which is what DeepSpeed makes of the gradients, is the term of
+the whole sequence.
+
 Padding is left out of all losses, as in Hugging Face.
 """
 
@@ -54,10 +58,13 @@ def load_balancing_loss(
     return loss
 
 
-def z_loss(logits_LTE: Sequence[torch.Tensor], weight_T: torch.Tensor) -> torch.Tensor:
-    """Mean of logsumexp(logits)^2 over tokens and layers (ST-MoE, arXiv 2202.08906): keeps router logits small."""
+def z_loss(logits_LTE: Sequence[torch.Tensor], weight_T: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean of logsumexp(logits)^2 over tokens and layers (ST-MoE, arXiv 2202.08906): keeps router logits small.
+
+    ``tokens`` is the sum of ``weight_T``, or more where other ranks hold the rest of the tokens.
+    """
     per_layer = [(logits_TE.float().logsumexp(-1) ** 2 * weight_T).sum() for logits_TE in logits_LTE]
-    return torch.stack(per_layer).mean() / weight_T.sum().clamp_min(1.0)
+    return torch.stack(per_layer).mean() / tokens.clamp_min(1.0)
 
 
 def token_sets(inputs: Mapping[str, Any], by_sequence: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -85,9 +92,18 @@ class AuxLoss:
     The tap hands over every layer's logits during the forward pass; :meth:`terms` makes losses of them.
     """
 
-    def __init__(self, experts: Sequence[int], score_func: str, scope: str, per_layer: bool, group: Any = None) -> None:
-        """``experts`` has those of each layer."""
-        self._score_func, self._scope, self._per_layer, self._group = score_func, scope, per_layer, group
+    def __init__(
+        self,
+        experts: Sequence[int],
+        score_func: str,
+        scope: str,
+        per_layer: bool,
+        group: Any = None,
+        peers: Any = None,
+    ) -> None:
+        """``experts`` has those of each layer; ``peers`` is the SP group."""
+        self._score_func, self._scope, self._per_layer = score_func, scope, per_layer
+        self._group, self._peers = group, peers
         self._experts = experts
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.new_step()
@@ -128,11 +144,15 @@ class AuxLoss:
             sums.append(pad(zeros_SE.index_add(0, set_T, weighted_TE), missing))
         counts_SLE, sums_SLE = torch.stack(counts, 1), torch.stack(sums, 1)
         tokens_S = torch.zeros(S, device=weight_T.device).index_add(0, set_T, weight_T)
+        if self._peers is not None:
+            packed = torch.cat([counts_SLE.reshape(-1), tokens_S])
+            dist.all_reduce(packed, group=self._peers)
+            counts_SLE, tokens_S = packed[:-S].view_as(counts_SLE), packed[-S:]
         if self._scope == "global_batch":
             aux = self._global(counts_SLE, sums_SLE, tokens_S)
         else:
             aux = load_balancing_loss(counts_SLE, sums_SLE, tokens_S, self._per_layer, self._experts)
-        return {"aux_loss": aux, "z_loss": z_loss([logits_TE for logits_TE, _ in seen], weight_T)}
+        return {"aux_loss": aux, "z_loss": z_loss([logits_TE for logits_TE, _ in seen], weight_T, tokens_S.sum())}
 
     def _global(self, counts_1LE: torch.Tensor, sums_1LE: torch.Tensor, tokens_1: torch.Tensor) -> torch.Tensor:
         counts_LE, tokens, world = counts_1LE[0], tokens_1[0], 1
@@ -144,7 +164,8 @@ class AuxLoss:
         self._step_counts_LE = self._step_counts_LE + counts_LE
         self._step_tokens = self._step_tokens + tokens
         frequencies_LE = self._step_counts_LE / self._step_tokens
-        # f over the step's tokens, P over this micro-batch's of all ranks, this rank's share of it W times.
+        # f over the step's tokens, P over this micro-batch's of all ranks, this rank's share of it W times. (SP peers
+        # counted their tokens together: SP times too many here, which makes it W / SP times, and SP shares are summed.)
         counts_1LE = (frequencies_LE * tokens)[None]
         return load_balancing_loss(counts_1LE, world * sums_1LE, tokens[None], self._per_layer, self._experts)
 

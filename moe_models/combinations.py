@@ -77,6 +77,14 @@ def autoep_combination_problems(ds: DsConfig, experts: ExpertParallel) -> list[s
         key for key in ("offload_optimizer", "offload_param") if (zero.get(key) or {}).get("device", "none") != "none"
     ]
     tp = ds.tp_size > 1
+    eager = {
+        "tensor parallelism": tp,
+        "sequence parallelism": ds.sp_size > 1,
+        "ZeRO stage 3": ds.zero_stage == 3,
+        "offload": bool(offload),
+        'comm_backend "deepep"': experts.comm_backend == "deepep",
+        "compile.deepcompile": bool(ds.raw.get("compile", {}).get("deepcompile")),
+    }
     both = f"tensor_parallel.autotp_size = {ds.tp_size} and expert_parallel"
     no = "not supported together;"
     rules = (
@@ -103,6 +111,11 @@ def autoep_combination_problems(ds: DsConfig, experts: ExpertParallel) -> list[s
         (
             tp and bool(ds.raw.get("compile", {}).get("deepcompile")),
             f"{both} with compile.deepcompile = true: {no} set deepcompile to false",
+        ),
+        (
+            bool(ds.raw.get("compile", {}).get("autoep_non_moe")) and any(eager.values()),
+            f"compile.autoep_non_moe = true with {', '.join(name for name, there in eager.items() if there)}: refused "
+            "by DeepSpeed; remove compile.autoep_non_moe",
         ),
         (tp and bool(offload), f"{both} with zero_optimization.{' and '.join(offload)}: {no} remove the offload"),
     )

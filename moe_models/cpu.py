@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from moe_models.nodes import ranks_per_node
+
 
 def on_cpu() -> bool:
     """Whether this process trains on CPU: asked for with DS_ACCELERATOR=cpu, or no GPU is there."""
@@ -28,7 +30,7 @@ def join_cpu_ranks() -> dict[str, Any]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["DS_ACCELERATOR"] = "cpu"
     if "OMP_NUM_THREADS" not in os.environ:  # every rank would take all cores, and they would wait for each other
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_per_node()))
     previous = os.environ.get("ACCELERATE_USE_DEEPSPEED")
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")

@@ -165,6 +165,24 @@ class Layout:
             raise UserError(f"expert = {expert}: must be 0 to {num_experts - 1}")
         return expert // self._experts_per_rank(num_experts)
 
+    def nodes_of_a_token(
+        self, per_node: int, num_experts: int, top_k: int, groups: int = 1, limited: int = 1
+    ) -> tuple[int, int]:
+        """(nodes that one token's experts can lie on at most, nodes of an EP group), the first EP group's.
+
+        ``groups`` and ``limited`` are the routing's: a token's experts come from ``limited`` of ``groups`` runs of
+        neighbouring experts (DeepSeek's ``n_group`` and ``topk_group``). Experts are dealt to ranks in runs too, so
+        that where a run is what a node holds, a token stays on ``limited`` nodes.
+        """
+        ranks = self.ep_groups()[0]
+        node_of = [ranks[self.ep_rank_of(expert, num_experts)] // per_node for expert in range(num_experts)]
+        size = num_experts // groups
+        nodes_of_group = [set(node_of[start : start + size]) for start in range(0, num_experts, size)]
+        nodes = len(set(node_of))
+        # Groups are alike but for where node borders cut them, so the widest ones bound what any of them can reach.
+        reached = sum(sorted(map(len, nodes_of_group), reverse=True)[:limited])
+        return min(top_k, reached, nodes), nodes
+
     def describe(self, zero_stage: int) -> str:
         """One line, e.g. ``2 ranks: EP 2 x EDP 1, ZeRO-1``."""
         parts = [f"EP {self.ep_size} x EDP {self.edp_size}"]

@@ -125,9 +125,12 @@ class LoadStats:
         """Tokens per expert of all ranks of ``group``, [L, E]; collective."""
         return self._reduced(training, group)[:, : max(self._experts)]
 
-    def read(self, training: bool, group: Any = None) -> list[LayerLoad]:
-        """The figures of all ranks of ``group``, layer by layer, or [] if nothing was counted; collective."""
-        rows = self._reduced(training, group).tolist()
+    def read(self, training: bool, group: Any = None, copies: int = 1) -> list[LayerLoad]:
+        """The figures of all ranks of ``group``, layer by layer, or [] if nothing was counted; collective.
+
+        ``copies`` ranks at a time counted the same tokens.
+        """
+        rows = (self._reduced(training, group) / copies).tolist()
         if not any(row[-1] for row in rows):
             return []
         return [self._figures(*layer) for layer in zip(self._layers, self._experts, rows, strict=True)]

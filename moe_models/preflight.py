@@ -8,6 +8,7 @@ deepspeed 0.19.8, ``module_inject/auto_ep_config.py`` (``validate_autoep_config`
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe_models.families import FAMILIES, HAS_SELECTION_BIAS, Family, moe_blocks
 from moe_models.inputs import check_dataset_path, check_output_dir, read_model_config
 from moe_models.layout import divisors, size_problems
 from moe_models.native_checks import check_native
+from moe_models.sequence_parallel import sequence_parallel_problems
 from moe_models.tensor_parallel import tensor_parallel_problems
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "check_run",
     "length_problems",
     "read_model_config",
+    "reentrant_problems",
     "warnings_for_run",
 ]
 
@@ -50,6 +53,7 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
     problems += zero_problems(ds)
     problems += _balance_problems(ds, model_config)
     problems += tensor_parallel_problems(ds, model_config)
+    problems += sequence_parallel_problems(ds, model_config)
     if ds.expert_parallel is None and ds.moe.layer is None and model_config.get("model_type") not in FAMILIES:
         problems.append(
             f"model_type = {show(model_config.get('model_type'))}: known are {', '.join(sorted(FAMILIES))}; turn a "
@@ -70,6 +74,27 @@ def length_problems(max_length: int | None, model_config: Mapping[str, Any]) -> 
     context = model_config.get("max_position_embeddings")
     if max_length and context and max_length > context:
         return [f"--max_length {max_length}: longer than the model's context; use at most {context}"]
+    return []
+
+
+def reentrant_problems(args: Any, aux_loss: bool) -> list[str]:
+    """A line if activation checkpointing would take the auxiliary loss its gradient, and nobody would notice.
+
+    Reentrant checkpointing runs the layers without gradients first, and that is when transformers 5.20.2 takes the
+    router's logits for the loss. ``args`` are TrainingArguments, or the flags they are made of; ``aux_loss`` says
+    whether there is such a loss.
+    """
+    options = args.gradient_checkpointing_kwargs or {}
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except ValueError:  # TrainingArguments will say it
+            return []
+    if aux_loss and args.gradient_checkpointing and options.get("use_reentrant"):
+        return [
+            '--gradient_checkpointing_kwargs {"use_reentrant": true}: the auxiliary loss would have no gradient; set '
+            "it to false, which is the default, or --router_aux_loss_coef 0"
+        ]
     return []
 
 

@@ -40,14 +40,18 @@ class Routing(TrainerCallback):
         self._coefficients = {"aux_loss": aux_coef, "z_loss": balance.z_loss_coef} if balance else {}
         self._tap: RouterTap | None = None
         self._group: Any = None
+        self._peers: Any = None
         self._logged: dict[str, torch.Tensor] = {}
         self._micro_batches = 0
         self.stats: LoadStats | None = None
         self.aux: AuxLoss | None = None
         self.bias: SelectionBias | None = None
 
-    def attach(self, model: nn.Module, ep_size: int, device: Any) -> None:
-        """Put the hooks into a model as it will be trained, that is after ``deepspeed.initialize``."""
+    def attach(self, model: nn.Module, ep_size: int, device: Any, peers: Any = None) -> None:
+        """Put the hooks into a model as it will be trained, that is after ``deepspeed.initialize``.
+
+        ``peers`` are the ranks that share a sequence (sequence parallelism), as a process group, or None.
+        """
         from deepspeed.utils import groups
 
         if self._tap is not None:
@@ -55,12 +59,13 @@ class Routing(TrainerCallback):
         routers = find_routers(model, self._family, self._config)
         # Tensor-parallel peers route the same tokens; every other rank its own.
         self._group = groups._get_sequence_data_parallel_group() if dist.is_initialized() else None
+        self._peers = peers
         experts, score_func = self._family.expert_counts(self._config), routers[0].score_func
         self.stats = LoadStats([router.block for router in routers], experts, ep_size, score_func, device)
         observers: list[Observer] = [self.stats]
         if self._balance is not None and any(self._coefficients.values()):
             scope, per_layer = self._balance.scope, self._balance.per_layer
-            self.aux = AuxLoss(experts, score_func, scope, per_layer, self._group)
+            self.aux = AuxLoss(experts, score_func, scope, per_layer, self._group, peers)
             observers.append(self.aux)
         if self._balance is not None and self._balance.bias_update_rate:
             self.bias = SelectionBias(routers, experts[0], self._balance.bias_update_rate, device)
@@ -86,8 +91,9 @@ class Routing(TrainerCallback):
             self.aux.new_step()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Move the selection bias after an optimizer step; collective."""
-        if self.bias is not None and self.stats is not None:
+        """Move the selection bias after an optimizer step that was made; collective."""
+        skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)  # fp16: a gradient overflowed
+        if self.bias is not None and self.stats is not None and not skipped:
             self.bias.update(self.stats.counts(True, self._group))
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -101,7 +107,9 @@ class Routing(TrainerCallback):
         evaluated = next((key for key in logs if key.startswith("eval") and key.endswith("_loss")), None)
         if self.stats is None or not (training or evaluated):
             return {}
-        layers = self.stats.read(training, self._group)
+        # In evaluation sequence-parallel peers do not share a sequence: each routes all of it.
+        copies = 1 if training or self._peers is None else dist.get_world_size(self._peers)
+        layers = self.stats.read(training, self._group, copies)
         if not layers:
             return {}
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -120,6 +128,8 @@ class Routing(TrainerCallback):
             if dist.is_initialized():
                 dist.all_reduce(mean, group=self._group)
                 mean /= dist.get_world_size(self._group)
+            if self._peers is not None:  # which hold shares of a term
+                mean *= dist.get_world_size(self._peers)
             figures[name] = mean.item()
         self._logged, self._micro_batches = {}, 0
         if self.bias is not None:

@@ -206,7 +206,7 @@ class _Plan:
     def sequence_parallel(self) -> Iterator[_Row]:
         """Ulysses (``runtime/sequence_parallel/ulysses_sp.py``): queries, keys, values to heads, outputs back.
 
-        Fewer key-value heads than ranks are repeated first. Read from the source only: no live run has SP yet.
+        Fewer key-value heads than ranks are repeated first.
         """
         sp, sizes = self._layout.sp_size, self._sizes
         if sp == 1:

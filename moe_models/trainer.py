@@ -28,7 +28,6 @@ import torch.distributed as dist
 from accelerate.utils import DummyOptim
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import SFTTrainer
 
 from moe_models.autoep import check_replaced, register_presets, restore_rotary_buffers
 from moe_models.checkpoint import export
@@ -38,10 +37,12 @@ from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.inputs import LAYOUT_FILE
 from moe_models.moe_schema import Balance
 from moe_models.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
+from moe_models.preflight import reentrant_problems
 from moe_models.proof import ExportProof, prove_folder, record_logits
 from moe_models.relayout import any_layout, describe_engine
 from moe_models.routing import Routing
 from moe_models.tp_shards import count_every_expert_in_the_norm
+from moe_models.ulysses import UlyssesTrainer
 
 MODEL_FOLDER = "model"
 """Where ``save_model()`` without a folder puts the Hugging Face checkpoint, inside ``output_dir``."""
@@ -54,11 +55,12 @@ class TrainingStoppedError(RuntimeError):
     """The run ended itself to protect what it had; the message says why and what to do."""
 
 
-class MoETrainer(SFTTrainer):
+class MoETrainer(UlyssesTrainer):
     """SFTTrainer for HF MoE models under DeepSpeed; takes the same arguments.
 
     Raises:
-        ValueError: if the model's ``model_type`` is not in :data:`~moe_models.families.FAMILIES`.
+        ValueError: if the model's ``model_type`` is not in :data:`~moe_models.families.FAMILIES`, or if flags of
+            activation checkpointing, packing or attention cannot be honoured.
         RuntimeError: when training starts, if AutoEP did not replace exactly the model's MoE blocks.
         TrainingStoppedError: during training, when loss, gradient norm or weights are not finite.
         ExportError: from :meth:`save_model`, if the folder would not hold the whole model.
@@ -82,6 +84,8 @@ class MoETrainer(SFTTrainer):
         restore_rotary_buffers(model)
         register_presets()
         super().__init__(model, *args, **kwargs)
+        if problems := reentrant_problems(self.args, self.aux_loss_enabled):
+            raise ValueError(problems[0])
         self.native = native_blocks(model)
         layers = [block.layer for block in self.native.values()]
         self._drops_tokens = any(layer.drop_tokens for layer in layers)
@@ -90,6 +94,8 @@ class MoETrainer(SFTTrainer):
             self.aux_loss_enabled = model.config.output_router_logits = False
         elif balance is None and self.family.model_type == "prmoe":  # TRL's pools layers, which here differ in size
             balance = Balance(per_layer=True)  # type: ignore[call-arg]
+        elif balance is None and self.ulysses is not None:  # TRL's would balance the tokens of each rank alone
+            balance, self.aux_loss_in_evaluation = Balance(), self.aux_loss_enabled  # type: ignore[call-arg]
         coefficient = self.router_aux_loss_coef
         if balance is not None:  # ours instead of TRL's
             coefficient = coefficient if balance.aux_loss_coef is None else balance.aux_loss_coef
@@ -108,7 +114,7 @@ class MoETrainer(SFTTrainer):
         with any_layout(self.family):
             prepared = super()._prepare_for_training(*args, **kwargs)
         section = (self.accelerator.state.deepspeed_plugin.deepspeed_config or {}).get("expert_parallel") or {}
-        if self.get_tp_size() > 1:
+        if self.get_tp_size() > 1 and self.ulysses is None:
             count_every_expert_in_the_norm(self.model_wrapped.optimizer)
             self._tp_size = self.get_tp_size()  # TRL counts the tokens that peers share once for each
         if section.get("enabled"):
@@ -116,7 +122,7 @@ class MoETrainer(SFTTrainer):
         ep_size = section.get("autoep_size", 1) if section.get("enabled") else 1
         for block in self.native.values():
             ep_size = block.layer.ep_size
-        self.routing.attach(self.model, ep_size, self.args.device)
+        self.routing.attach(self.model, ep_size, self.args.device, self.ulysses.group if self.ulysses else None)
         resumed = kwargs.get("resume_from_checkpoint", args[2] if len(args) > 2 else None)
         if resumed is not None:
             self.routing.load(Path(resumed))
@@ -185,7 +191,8 @@ class MoETrainer(SFTTrainer):
 
     def _stop_if_not_finite(self, grad_norm: Any) -> None:
         finite = self._all_finite.float()
-        if grad_norm is not None:
+        scaled = getattr(self.model_wrapped.optimizer, "dynamic_loss_scale", False)  # fp16 leaves out what overflows
+        if grad_norm is not None and not (scaled and self.accelerator.optimizer_step_was_skipped):
             finite *= torch.isfinite(torch.as_tensor(grad_norm, device=finite.device)).float().squeeze()
         if self.control.should_save:  # a finite gradient can still take a weight beyond what its dtype holds
             for parameter in self.model.parameters():

@@ -106,8 +106,9 @@ def run(arguments: argparse.Namespace) -> None:
         for part in (
             *grid(layout, per_node, sizes.num_experts, spread, console.width),
             groups_table(layout, per_node, spread),
+            *(reach_line(layout, per_node, sizes, config) if spread else ()),
             memory_lines(ds, sizes, layout, work.element_bytes),
-            traffic_table(traffic(ds, sizes, layout, work, per_node), work),
+            traffic_table(traffic(ds, sizes, layout, work, per_node), work, layout.sp_size),
         ):
             console.print(part)
     for line in warned:
@@ -183,6 +184,16 @@ def groups_table(layout: Layout, per_node: int, spread: bool) -> Table:
     return table
 
 
+def reach_line(layout: Layout, per_node: int, sizes: Any, config: Mapping[str, Any]) -> Iterable[str]:
+    """How many nodes one token's experts can lie on, where an EP group has several."""
+    limited = config.get("topk_method", "group_limited_greedy") != "greedy" and config.get("n_group")
+    groups, chosen = (config["n_group"], config["topk_group"]) if limited else (1, 1)
+    reached, nodes = layout.nodes_of_a_token(per_node, sizes.num_experts, sizes.top_k, groups, chosen)
+    if nodes > 1:
+        why = f"n_group {groups}, topk_group {chosen}" if limited else "no group limit"
+        yield f"[dim]the {sizes.top_k} experts of a token lie on at most {reached} of {nodes} nodes ({why})[/dim]\n"
+
+
 def _first(groups: Groups) -> str:
     """The first groups, each as the ranks it begins with."""
     texts = []
@@ -209,9 +220,10 @@ def memory_lines(ds: Any, sizes: Any, layout: Layout, element_bytes: int) -> str
     )
 
 
-def traffic_table(flows: list[Any], work: Any) -> Any:
+def traffic_table(flows: list[Any], work: Any, sp_size: int) -> Any:
     """What each rank sends in one optimizer step, over which group."""
-    title = f"one optimizer step, {work.accumulation} x {work.micro_batch} x {work.length} tokens on each rank at most"
+    length = -(-work.length // sp_size)
+    title = f"one optimizer step, {work.accumulation} x {work.micro_batch} x {length} tokens on each rank at most"
     table = Table(box=MINIMAL, title=title, title_justify="left", title_style="bold")
     for name in ("what", "collective", "group", "a rank sends", "nodes"):
         table.add_column(name, justify="right" if name == "a rank sends" else "left", no_wrap=name != "what")

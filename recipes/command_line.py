@@ -6,10 +6,13 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moe_models.errors import UserError, tell
+from moe_models.nodes import ranks_per_node, several_nodes
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,31 +58,18 @@ FROM_CHECKPOINT = ModelFlags()
 def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FROM_CHECKPOINT) -> tuple[Any, ...]:
     """Parse the flags and check everything that JSON, config.json and world size can tell, before any weight is read.
 
-    Raises UserError with every problem found. Paths come first, for they need no import that takes seconds: their
-    problems are said at once, and the rest follows.
+    On several machines they then compare what must be equal. Raises UserError with every problem found.
     """
     words = [word for word in words if not word.startswith("--local_rank")]  # the launcher adds it
-    problems, model_config, json_is_sound = check_paths(words, flags)
-    told = tell(problems, rank=RANK)
+    if several_nodes():
+        parser, given, ds, model_config = check_with_other_nodes(words, about, flags)
+    else:
+        parser, given, ds, model_config = check(words, about, flags)
 
-    from moe_models.config import adapt_for_cpu, load_ds_config
-    from moe_models.preflight import check_run, warnings_for_run
-    from moe_models.traffic import Work
-
-    parser, given, problems = parse_flags(words, about, flags)
-    ds = None
-    if json_is_sound:
-        try:
-            ds = load_ds_config(given.deepspeed)
-        except UserError as error:
-            problems += error.problems
-    if ds is not None and model_config is not None:
-        problems += check_run(ds, model_config, WORLD_SIZE)
-    problems += refused_flags(given, model_config or {}, ds)
-    if problems or told or ds is None or model_config is None:
-        raise UserError(problems)
-
+    from moe_models.config import adapt_for_cpu
     from moe_models.cpu import join_cpu_ranks, on_cpu
+    from moe_models.preflight import warnings_for_run
+    from moe_models.traffic import Work
 
     values = vars(given)
     notes: list[str] = []
@@ -101,7 +91,7 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     if recipe.eval_dataset is None and args.eval_strategy == "no":
         args.eval_on_start = False
     if RANK == 0:
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+        per_node = ranks_per_node()
         work = Work(
             micro_batch=args.per_device_train_batch_size,
             length=args.max_length or model_config.get("max_position_embeddings") or 1,
@@ -114,6 +104,68 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
             notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
         print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
     return script, recipe, args, model_args, ds
+
+
+def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """(parser, parsed flags, checked JSON, the model's config.json), or UserError with every problem found.
+
+    Paths come first, for they need no import that takes seconds: their problems are said at once, and the rest follows.
+    """
+    found, model_config, json_is_sound = check_paths(words, flags)
+    told = not several_nodes() and tell(found, rank=RANK)  # several nodes first look whose problems these are
+
+    from moe_models.config import load_ds_config
+    from moe_models.preflight import check_run
+
+    parser, given, problems = parse_flags(words, about, flags)
+    ds = None
+    if json_is_sound:
+        try:
+            ds = load_ds_config(given.deepspeed)
+        except UserError as error:
+            problems += error.problems
+    if ds is not None and model_config is not None:
+        problems += check_run(ds, model_config, WORLD_SIZE)
+    problems += refused_flags(given, model_config or {}, ds)
+    if problems or found or ds is None or model_config is None:
+        raise UserError(problems if told else found + problems)
+    return parser, given, ds, model_config
+
+
+def check_with_other_nodes(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, ...]:
+    """:func:`check` on every node, and the comparison of what must be equal on all of them."""
+    from moe_models.nodes import Meeting
+    from moe_models.watch import start
+
+    problems, checked = [], None
+    try:
+        checked = check(words, about, flags)
+    except UserError as error:
+        problems = error.problems
+    meeting = Meeting()
+    meeting.compare(node_facts(words, flags), problems)
+    assert checked is not None
+    given = checked[1]
+    if str(given.save_strategy) != "no" or resume_value(given.resume_from_checkpoint):
+        meeting.require_shared(Path(given.output_dir), "--output_dir")
+    start(meeting)
+    return checked
+
+
+def node_facts(words: list[str], kind: ModelFlags) -> dict[str, dict[str, str]]:
+    """What must be equal on every node; what cannot be read is left out, for :func:`check_paths` has a line for it."""
+    from moe_models.config import read_json
+    from moe_models.node_facts import data_facts, flag_facts, json_facts, version_facts
+
+    flags = flag_facts(words)
+    given = {name.lstrip("-").replace("-", "_"): value for name, value in flags.items()}
+    files: dict[str, str] = {}
+    for name, reader in ((kind.required[0], kind.read_config), ("deepspeed", read_json)):
+        with suppress(UserError):
+            files |= json_facts(given.get(name, ""), reader(given.get(name, "")))
+    for name in ("dataset_name", "eval_dataset"):
+        files |= data_facts(given[name]) if given.get(name) else {}
+    return {"version": version_facts(), "flag": flags, "file": files}
 
 
 def check_paths(words: list[str], kind: ModelFlags) -> tuple[list[str], dict[str, Any] | None, bool]:
@@ -184,10 +236,15 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
 
 def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str]:
     """Flags of TRL that this recipe cannot honour, or that cannot fit the model or the JSON."""
+    from moe_models.compiled import compile_problems
     from moe_models.hf_folder import parse_size
-    from moe_models.preflight import length_problems
+    from moe_models.preflight import length_problems, reentrant_problems
+    from moe_models.sequence_parallel import sequence_parallel_flags
 
     problems = []
+    if ds is not None:
+        wanted = bool(given.torch_compile or given.torch_compile_backend or given.torch_compile_mode)
+        problems += [*sequence_parallel_flags(given, ds), *compile_problems(ds, wanted)]
     if given.use_peft or given.load_in_4bit or given.load_in_8bit:
         problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
     if given.trust_remote_code:
@@ -195,14 +252,27 @@ def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str
             "--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"
         )
     problems += length_problems(given.max_length, model_config)
+    coefficient = given.router_aux_loss_coef
+    problems += reentrant_problems(
+        given, bool(model_config.get("router_aux_loss_coef") if coefficient is None else coefficient)
+    )
+    if given.bf16 and given.fp16:
+        problems.append("--bf16 and --fp16: a run has one precision; drop one of them")
     for name in ("bf16", "fp16"):
         if getattr(given, name) and ds is not None and ds.precision not in ("auto", name):
             problems.append(
                 f'--{name}: the precision of {ds.path} is {ds.precision}; set {name}.enabled to true or "auto" there, '
                 f"or drop --{name}"
             )
+        elif getattr(given, name) and ds is not None and ds.precision == "auto" and name not in ds.raw:
+            problems.append(f'--{name}: {ds.path} has no {name} section; add "{name}": {{"enabled": "auto"}}')
     if given.dataset_streaming and given.max_steps <= 0:
         problems.append("--dataset_streaming: the number of rows is not known then; set --max_steps")
+    if given.dataset_streaming and ds is not None and ds.tp_size * ds.sp_size > 1:
+        problems.append(
+            "--dataset_streaming: with tensor or sequence parallelism accelerate would give all ranks the same rows; "
+            "drop it"
+        )
     try:
         parse_size(given.export_max_shard_size)
     except ValueError as error:

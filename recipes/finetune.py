@@ -13,11 +13,20 @@
     # no GPU: two CPU processes, for trying things out (precision and optimizer are adapted, and it says so)
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 recipes/finetune.py ... --deepspeed ds_configs/zero1_ep2.json
 
+    # more than one machine: the launcher's hostfile (lines such as "10.0.0.1 slots=8"), over pdsh, or once on each;
+    # ./run.sh does it with HOSTFILE and NODE_RANK, recipes/slurm.sbatch under SLURM
+    deepspeed --hostfile hosts recipes/finetune.py ...
+    deepspeed --hostfile hosts --no_ssh --node_rank 0 --master_addr 10.0.0.1 recipes/finetune.py ...
+
 `torchrun --nproc_per_node 8` and `accelerate launch --use_deepspeed --num_processes 8` start the same run.
 
 Data: a hub id, a folder or a file (.txt, .jsonl, .json, .parquet) with `text`, `messages` (chat template; loss on the
 assistant's turns only with --assistant_only_loss), or `prompt` and `completion`. All other flags are those of TRL's
 SFTConfig and ModelConfig.
+
+On several machines the versions, the flags, the JSON, the model's config.json and the data must be equal, and
+--output_dir must be shared (not with --save_strategy no). The nodes compare that first, and refuse with the name of the
+one that differs; one that fails later ends the others.
 
 Afterwards `OUTPUT_DIR/model` holds the whole model in the layout of the hub, reloaded and compared with the trained one
 before it got its name; `OUTPUT_DIR/checkpoint-N` resumes; `OUTPUT_DIR/summary.json` says what was measured. It is
@@ -37,7 +46,8 @@ from pathlib import Path
 from typing import Any
 
 from command_line import FROM_CHECKPOINT, RANK, WORLD_SIZE, ModelFlags, describe, read_command_line, resume_value
-from moe_models.errors import UserError, exit_with
+from moe_models.errors import UserError
+from moe_models.watch import end_with, leave
 
 # Torch renames of this year, said once per call by every rank; they are DeepSpeed's and accelerate's to follow.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
@@ -69,7 +79,7 @@ def main(about: str = __doc__ or "", flags: ModelFlags = FROM_CHECKPOINT, make_m
         script, recipe, args, model_args, ds = read_command_line(sys.argv[1:], about.split("\n\n")[0], flags)
         train_rows, eval_rows = load_data(script, recipe, args)
     except UserError as error:
-        exit_with(error, rank=RANK)
+        end_with(error)
     from moe_models.hf_folder import ExportError
     from moe_models.trainer import TrainingStoppedError
 
@@ -81,10 +91,10 @@ def main(about: str = __doc__ or "", flags: ModelFlags = FROM_CHECKPOINT, make_m
         trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
         evaluate_and_export(trainer, ds, eval_rows)
     except UserError as error:
-        exit_with(error, rank=RANK)
+        end_with(error)
     except (TrainingStoppedError, ExportError) as error:
         print(file=sys.stderr)  # ends the progress bar's line
-        exit_with(UserError(str(error)), rank=RANK, code=1)
+        end_with(UserError(str(error)), code=1)
     # Not in a finally: a rank that fails alone must end at once, for only then does the launcher stop the others.
     leave_process_group()
     global complete
@@ -237,6 +247,7 @@ def leave_process_group() -> None:
     """Close the process group, so that the launcher ends without warnings."""
     import torch.distributed as dist
 
+    leave()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -11,9 +11,10 @@
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 recipes/pretrain.py --config_name model_configs/prmoe-tiny.json ... \\
         --deepspeed ds_configs/zero1_ep2_native.json
 
-Data, flags and results are those of recipes/finetune.py. Other defaults: text is packed to --max_length tokens,
-learning rate 3e-4 with cosine decay, beta2 0.95, weight decay 0.1. All ranks draw the same weights from --seed, in
-every layout; each has the whole model in host memory for that. The ids of special tokens come from the tokenizer.
+Data, flags, results and more than one machine are as in recipes/finetune.py. Other defaults: text is packed to
+--max_length tokens, learning rate 3e-4 with cosine decay, beta2 0.95, weight decay 0.1. All ranks draw the same weights
+from --seed, in every layout; each has the whole model in host memory for that. The ids of special tokens come from the
+tokenizer.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ if not torch.cuda.is_available():
 
 from tests import support_matrix
 from tests.cluster import Cluster
+from tests.hosts import namespaces_permitted
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out (as deselected, which the summary counts) what asks for more GPUs, a browser, the conformance run."""
+    """Leave out (deselected, which the summary counts) what asks for what is not here, or for the conformance run."""
     wanted = "conformance" in (config.getoption("-m") or "")
     browser = (shutil.which("chromium") or shutil.which("google-chrome")) and shutil.which("chromedriver")
     kept, left_out = [], []
@@ -29,6 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         fits = fits and bool(browser or item.get_closest_marker("browser") is None)
         daily = item.get_closest_marker("conformance") is None or item.get_closest_marker("daily") is not None
         fits = fits and (wanted or daily)
+        fits = fits and (item.get_closest_marker("netns") is None or namespaces_permitted())
         (kept if fits else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept

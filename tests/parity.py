@@ -91,11 +91,10 @@ def build_trainer(
     from moe_models.trainer import MoETrainer
 
     class RecordingTrainer(trainer_class or MoETrainer):  # type: ignore[misc]
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.model.training:
-                kept = ("input_ids", "attention_mask", "labels")
-                self.batches.append({k: inputs[k].tolist() for k in kept if k in inputs})
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            kept = ("input_ids", "attention_mask", "labels")
+            self.batches.append({k: inputs[k].tolist() for k in kept if k in inputs})
+            return super().training_step(model, inputs, *args, **kwargs)
 
     forget_engines()
     config = copy.deepcopy(config)

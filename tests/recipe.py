@@ -11,6 +11,7 @@ import json
 import os
 import random
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -172,6 +173,18 @@ def run_alone(arguments: list[str], timeout: float = 90, script: Path = SCRIPT, 
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
+def venv_for_run_sh(folder: Path) -> None:
+    """``.venv`` beside a copy of run.sh, which would install into it; this interpreter has everything already."""
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for name in ("python", "deepspeed"):
+        script = folder / ".venv" / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(Path(sys.executable).with_name(name)))} "$@"\n')
+        script.chmod(0o755)
+    text = "".join((folder / name).read_text() for name in ("requirements.txt", "pyproject.toml"))
+    sum_ = subprocess.run(["cksum"], input=text, capture_output=True, text=True, check=True).stdout.strip()
+    (folder / ".venv" / ".installed-main").write_text(sum_ + "\n")
+
+
 class ForkedRecipe:
     """Runs recipes/finetune.py in forks of one process that has imported what the recipe imports."""
 
@@ -180,10 +193,11 @@ class ForkedRecipe:
         os.environ.update(ENVIRONMENT)
         self._context = forking()
 
-    def __call__(self, arguments: list[str], timeout: float = 240, **environment: str) -> Ended:
+    def __call__(self, arguments: list[str], timeout: float = 240, start_in: Path = ROOT, **environment: str) -> Ended:
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
-            process = self._context.Process(target=_run_script, args=(self._script, arguments, environment, out, err))
+            words = (self._script, arguments, environment, start_in, out, err)
+            process = self._context.Process(target=_run_script, args=words)
             process.start()
             process.join(timeout)
             if process.is_alive():
@@ -194,12 +208,14 @@ class ForkedRecipe:
         return ended
 
 
-def _run_script(script: Path, arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+def _run_script(
+    script: Path, arguments: list[str], environment: dict[str, str], start_in: Path, out: Path, err: Path
+) -> None:
     for stream, path in ((sys.stdout, out), (sys.stderr, err)):
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.environ.update({**ENVIRONMENT, **environment})
-    os.chdir(ROOT)
+    os.chdir(start_in)
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 

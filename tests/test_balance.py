@@ -72,7 +72,7 @@ def test_z_loss_equals_slow_loop() -> None:
     logits = [torch.randn(6, 4) * 3 for _ in range(2)]
     weight = torch.tensor([1.0, 1, 0, 1, 0, 1])
     squares = [math.log(sum(math.exp(x) for x in row)) ** 2 for layer in logits for row in layer[weight > 0].tolist()]
-    assert z_loss(logits, weight).item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+    assert z_loss(logits, weight, weight.sum()).item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
 
 
 def test_token_sets() -> None:

@@ -77,7 +77,13 @@ def test_what_is_offloaded_is_not_counted(run: Any) -> None:
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize(
     ("file", "world_size"),
-    [("zero3_ep8.json", 1024), ("zero3.json", 1), ("zero1_ep2_native.json", 2), ("zero1_ep2_tp2.json", 128)],
+    [
+        ("zero3_ep8.json", 1024),
+        ("zero3.json", 1),
+        ("zero1_ep2_native.json", 2),
+        ("zero1_ep2_tp2.json", 128),
+        ("zero1_ep2_sp2.json", 128),
+    ],
 )
 def test_fits_the_screen(run: Any, file: str, world_size: int, width: int) -> None:
     code, out, _ = run(file, world_size, width=width)
@@ -86,7 +92,28 @@ def test_fits_the_screen(run: Any, file: str, world_size: int, width: int) -> No
     assert len(out.splitlines()) < 80
     assert ("... 125 more nodes ..." in out) == (world_size == 1024)
     assert all(f"│{line} " in out or f"│{line}│" in out for line in ("tp 0", "tp 1")) == ("_tp2" in file)
+    assert all(f"│{line} " in out or f"│{line}│" in out for line in ("sp 0", "sp 1")) == ("_sp2" in file)
     assert not re.search(r"^\W+(split|inputs|backward)\W", out, re.M), "no row of the table is broken over two lines"
+
+
+def test_nodes_that_a_token_reaches(run: Any) -> None:
+    experts = {"model_type": "deepseek_v3", "n_routed_experts": 64, "num_experts_per_tok": 8, "topk_group": 2}
+    latent = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+    more = {"v_head_dim": 128, "moe_intermediate_size": 2048, "n_shared_experts": 1, "first_k_dense_replace": 3}
+    raw = json.loads((FOLDER / "zero1_ep8.json").read_text())
+    raw["expert_parallel"]["autoep_size"] = 32
+    _, out, _ = run(raw, 32, "--gpus_per_node", "8", **experts, **latent, **more, n_group=4)
+    assert "the 8 experts of a token lie on at most 2 of 4 nodes (n_group 4, topk_group 2)" in out
+    assert "of a token lie" not in run("zero1_ep8.json", 8, **experts, **latent, **more, n_group=4)[1]
+    assert "lie on at most 2 of 2 nodes (no group limit)" in run("zero1_ep4.json", 8, "--gpus_per_node", "2")[1]
+
+
+def test_each_rank_has_its_part_of_a_sequence(run: Any) -> None:
+    _, out, _ = run("zero1_ep2_sp2.json", 4)
+    assert "4 ranks: EP 2 x EDP 2, SP 2 x DP 2, ZeRO-1" in out
+    assert "one optimizer step, 1 x 8 x 512 tokens on each rank at most" in out
+    assert re.search(r"SP +│ sequences +│ 2 x 2 +│ \(0 1\) \(2 3\)", out)
+    assert re.search(r"attention heads: forward +│ all-to-all +│ SP ", out)
 
 
 def test_every_error_and_warning_at_once(run: Any) -> None:

@@ -38,7 +38,7 @@ def readme_rows() -> dict[str, list[str]]:
 
 
 def test_count() -> None:
-    assert len(FILES) == 19
+    assert len(FILES) == 20
 
 
 def test_readme_table() -> None:
@@ -48,7 +48,7 @@ def test_readme_table() -> None:
         ds, (ranks, zero, ep, _, when) = load_ds_config(path), rows[path.name]
         assert zero == str(ds.zero_stage)
         assert ep == (str(ds.ep_size) if ds.expert_parallel or ds.moe.layer else "none")
-        least = max(ds.ep_size, ds.tp_size)
+        least = max(ds.ep_size, ds.tp_size, ds.sp_size)
         assert ranks == (f"multiple of {least}" if ds.expert_parallel or ds.moe.layer else "any")
         assert when
 
@@ -80,12 +80,13 @@ def test_readme_memory_example() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_loads_clean_and_fits_mixtral(path: Path) -> None:
     ds = load_ds_config(path)
-    name = re.fullmatch(r"zero(\d)(?:_ep(\d))?(?:_tp(\d))?(?:_offload)?(_native)?(_capacity)?", path.stem)
+    name = re.fullmatch(r"zero(\d)(?:_ep(\d))?(?:_tp(\d))?(?:_sp(\d))?(?:_offload)?(_native)?(_capacity)?", path.stem)
     assert name is not None
-    assert (ds.moe.layer is not None) == bool(name[4])
-    assert (ds.moe.layer is not None and ds.moe.layer.drop_tokens) == bool(name[5])
-    assert bool(ds.moe.layer and ds.moe.layer.departures()) == bool(name[5])
-    assert (ds.zero_stage, ds.ep_size, ds.tp_size) == (int(name[1]), int(name[2] or 1), int(name[3] or 1))
+    assert (ds.moe.layer is not None) == bool(name[5])
+    assert (ds.moe.layer is not None and ds.moe.layer.drop_tokens) == bool(name[6])
+    assert bool(ds.moe.layer and ds.moe.layer.departures()) == bool(name[6])
+    sizes = (ds.zero_stage, ds.ep_size, ds.tp_size, ds.sp_size)
+    assert sizes == (int(name[1]), int(name[2] or 1), int(name[3] or 1), int(name[4] or 1))
     assert ds.precision == "bf16"
     for copies in (1, 2):
         world_size = ds.ep_size * copies
@@ -101,6 +102,7 @@ def test_only_the_layout_differs() -> None:
         raw.pop("expert_parallel", None)
         raw.pop("moe", None)
         raw.pop("tensor_parallel", None)
+        raw.pop("sequence_parallel_size", None)
         stage = raw.pop("zero_optimization")
         offload = [key for key in ("offload_optimizer", "offload_param") if stage.pop(key, None)]
         assert bool(offload) == ("_offload" in path.stem)
@@ -133,6 +135,31 @@ def test_cpu_changes_two_values_and_no_layout(path: Path) -> None:
     assert len(lines) == 2
     for section in ("expert_parallel", "tensor_parallel", "zero_optimization"):
         assert adapted.get(section) == ds.deepspeed.get(section)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_fp16_in_the_place_of_bf16(path: Path, tmp_path: Path) -> None:
+    """What the README says to change, in every file; and "auto" for both, which the flags then settle."""
+    runtime = pytest.importorskip("deepspeed.runtime.config")
+    raw = read_json(path)
+    del raw["bf16"]
+    for sections, precision in (
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, "auto"),
+    ):
+        other = tmp_path / "ds.json"
+        other.write_text(json.dumps({**raw, **sections}))
+        ds = load_ds_config(other)
+        assert ds.precision == precision
+        assert check_run(ds, MIXTRAL, 2 * ds.ep_size) == []
+        adapted, lines = adapt_for_cpu(ds.deepspeed)
+        assert not adapted["fp16"]["enabled"]
+        assert len(lines) == 1 + len(sections)
+    raw.pop("moe", None)
+    config = runtime.DeepSpeedConfig(fill_autos({**raw, "fp16": {"enabled": True}}))
+    assert config.float16_config.enabled
+    assert not config.bfloat16_config.enabled
+    assert config.float16_config.loss_scale == 0  # dynamic
 
 
 def test_one_plan_for_tensor_parallelism() -> None:

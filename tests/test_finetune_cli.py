@@ -219,22 +219,6 @@ def test_output_folder_that_holds_something(recipe: ForkedRecipe, model: Path, d
     assert sorted(p.name for p in out.rglob("*")) == ["checkpoint-3", "notes", "trainer_state.json"]
 
 
-def test_a_checkpoint_of_tensor_parallelism_is_not_resumed_without(
-    recipe: ForkedRecipe, model: Path, data: Path, tmp_path: Path
-) -> None:
-    """Said before a weight is read: the model of these tests has none."""
-    out = tmp_path / "out"
-    (out / "checkpoint-3").mkdir(parents=True)
-    (out / "checkpoint-3" / "trainer_state.json").write_text("{}")
-    layout = {"world_size": 2, "zero_stage": 1, "experts": "autoep", "ep_size": 2, "tp_size": 2}
-    (out / "checkpoint-3" / "layout.json").write_text(json.dumps(layout))
-    again = command(model, data, PRESETS / "zero1_ep2.json", out, resume_from_checkpoint="true")
-    ended = recipe(again, WORLD_SIZE="2")
-    assert (ended.code, len(ended.errors)) == (2, 1), ended
-    assert ended.errors[0].startswith(f"{out}/checkpoint-3: written by another layout"), ended
-    assert "go on with the layout that wrote it" in ended.errors[0], ended
-
-
 def test_nothing_to_resume(recipe: ForkedRecipe, model: Path, data: Path, tmp_path: Path) -> None:
     out, path = tmp_path / "out", PRESETS / "zero1_ep2.json"
     for value, line in (
@@ -284,11 +268,53 @@ FLAG_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dataset_streaming": True},
         ["--dataset_streaming: the number of rows is not known then; set --max_steps"],
     ),
+    "beside sequence parallelism": (
+        {
+            "deepspeed": PRESETS / "zero1_ep2_sp2.json", "packing": True, "attn_implementation": "eager",
+            "label_smoothing_factor": 0.1, "dataset_streaming": True, "max_steps": 3,
+        },
+        [
+            "--packing, --padding_free with sequence_parallel_size = 2: a row of several documents would attend",
+            "--attn_implementation eager: not with sequence_parallel_size = 2; use sdpa or flash attention",
+            "--label_smoothing_factor 0.1: not with sequence_parallel_size = 2; drop it",
+            "--dataset_streaming: with tensor or sequence parallelism accelerate would give all ranks the same rows",
+        ],
+    ),
+    "a compiler for the whole model": (
+        {"torch_compile_backend": "aot_eager", "report_to": "none"},
+        ["--torch_compile with expert_parallel: the experts' grouped product cannot be traced"],
+    ),
+    "an auxiliary loss without gradient": (
+        {"gradient_checkpointing_kwargs": '{"use_reentrant": true}', "report_to": "none"},
+        ['--gradient_checkpointing_kwargs {{"use_reentrant": true}}: the auxiliary loss would have no gradient'],
+    ),
     "precision beside the JSON": (
         {"fp16": True},
         ["--fp16: the precision of {json} is bf16; set fp16.enabled to true or \"auto\" there, or drop --fp16"],
     ),
 }  # fmt: skip
+PRECISIONS = {
+    # sections of the JSON, flags, what is said; the model has no weights, which is said when all else is in order
+    "fp16 in both": ({"fp16": {"enabled": "auto"}}, {"fp16": True}, "no file named model.safetensors"),
+    "a flag for each": (
+        {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, {"fp16": True, "bf16": True},
+        "--bf16 and --fp16: a run has one precision; drop one of them",
+    ),
+    "no section for the flag": (
+        {"bf16": {"enabled": "auto"}}, {"fp16": True},
+        '--fp16: {json} has no fp16 section; add "fp16": {{"enabled": "auto"}}',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precision_of_the_flags(name: str, recipe: ForkedRecipe, model: Path, data: Path, tmp_path: Path) -> None:
+    sections, flags, words = PRECISIONS[name]
+    path, out = ds_json(tmp_path, expert_parallel=None, **{"bf16": None, **sections}), tmp_path / "out"
+    ended = recipe(command(model, data, path, out, max_steps=1, report_to="none", **flags), **alone())
+    assert len(ended.errors) == 1, ended
+    assert words.format(json=path) in ended.errors[0]
+    assert ('fp16.enabled "auto" -> false' in ended.stdout) == (name == "fp16 in both")
 
 
 @pytest.mark.parametrize("name", FLAG_CASES)

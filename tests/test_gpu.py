@@ -114,12 +114,13 @@ def test_a_checkpoint_goes_on_in_another_layout(inputs: tuple[Path, Path], tmp_p
 
 
 @pytest.mark.gpu(4)
-def test_tensor_and_expert_parallelism_are_the_same_function(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """TP 2 x EP 2 on 4 GPUs is EP 2 on 2, with the same global batch: the same curve."""
+@pytest.mark.parametrize("preset", ["zero1_ep2_tp2", "zero1_ep2_sp2"])
+def test_peers_that_share_rows_are_the_same_function(preset: str, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """TP 2 or SP 2 beside EP 2 on 4 GPUs is EP 2 on 2, with the same global batch: the same curve."""
     finetune(*inputs, tmp_path / "ep", "ds_configs/zero1_ep2.json")
-    summary = finetune(*inputs, tmp_path / "tp", "ds_configs/zero1_ep2_tp2.json", gpus=4)
+    summary = finetune(*inputs, tmp_path / preset, f"ds_configs/{preset}.json", gpus=4)
     assert summary["verified"]["missing_keys"] == summary["verified"]["unexpected_keys"] == 0
-    curves = losses(tmp_path / "ep"), losses(tmp_path / "tp")
+    curves = losses(tmp_path / "ep"), losses(tmp_path / preset)
     print(json.dumps(summary), curves)
     worst = max(abs(a - b) / a for a, b in zip(*curves, strict=True))
     assert worst < 0.02, (worst, curves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -82,6 +83,30 @@ def test_sequence_parallel_peers_share_weights() -> None:
     assert layout.sp_groups()[0] == (0, 1)
     assert layout.dp_groups() == ((0, 2, 4, 6), (1, 3, 5, 7))
     assert (layout.coordinates(5).sp, layout.coordinates(5).dp) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("per_node", "top_k", "groups", "limited", "expected"),
+    [
+        (8, 8, 8, 4, (4, 8)),  # DeepSeek-V3 as it was trained: a group of experts is what a node holds
+        (8, 8, 1, 1, (8, 8)),  # no limit
+        (8, 2, 8, 4, (2, 8)),  # fewer experts than groups
+        (16, 8, 8, 4, (4, 4)),  # a node holds two groups: four groups can be on all four nodes
+        (4, 8, 8, 2, (4, 16)),  # a group lies on two nodes
+        (64, 8, 8, 4, (1, 1)),
+    ],
+)
+def test_nodes_that_a_token_reaches(
+    per_node: int, top_k: int, groups: int, limited: int, expected: tuple[int, int]
+) -> None:
+    """256 experts on 64 ranks; then by trying every choice of groups."""
+    layout = Layout(128, 64)
+    assert layout.nodes_of_a_token(per_node, 256, top_k, groups, limited) == expected
+    held = [{rank // per_node for rank in range(64) if e in layout.experts_of(rank, 256)} for e in range(256)]
+    size = 256 // groups
+    spread = [set().union(*held[start : start + size]) for start in range(0, 256, size)]
+    most = max(len(set().union(*chosen)) for chosen in itertools.combinations(spread, limited))
+    assert min(top_k, most) == expected[0]
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,12 @@ from tests.cluster import Cluster
 from tests.tiny import TINY
 
 STEPS = 3
+REENTRANT, PLAIN = {"use_reentrant": True}, {"use_reentrant": False}
 
 
-def train(source: str, out: str, config: dict[str, Any], accumulation: int, checkpointing: Any) -> dict[str, Any]:
+def train(
+    source: str, out: str, config: dict[str, Any], accumulation: int, checkpointing: Any, train_rows: Any = None
+) -> dict[str, Any]:
     """Three steps with an evaluation after each; runs on every rank."""
     from datasets import Dataset
 
@@ -45,7 +48,8 @@ def train(source: str, out: str, config: dict[str, Any], accumulation: int, chec
     trainer = parity.build_trainer(
         source, out, config, accumulation=accumulation, trainer_class=Recorder, learning_rate=0.0, max_steps=STEPS,
         gradient_checkpointing=checkpointing is not None, gradient_checkpointing_kwargs=checkpointing,
-        eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2,
+        eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2, train_rows=train_rows,
+        router_aux_loss_coef=0.0 if checkpointing == REENTRANT else None,  # refused with it
     )  # fmt: skip
     trainer.train()
     return {"trained": trainer.trained, "evaluated": trainer.evaluated, "history": trainer.state.log_history}
@@ -87,10 +91,12 @@ def recount(source: Path, model_type: str, batches: list[dict]) -> tuple[list[li
 
 def check(
     cluster: Cluster, source: Path, model_type: str, out: Path, stage: int, ep_size: int | None, accumulation: int,
-    checkpointing: dict[str, bool] | None, run: Callable[..., Any] = train, **options: Any,
+    checkpointing: dict[str, bool] | None, run: Callable[..., Any] = train, peers: int = 1, train_rows: Any = None,
+    **layout: Any,
 ) -> None:  # fmt: skip
-    config = parity.ds_config(stage, ep_size)
-    results = cluster.run(run, str(source), str(out), config, accumulation, checkpointing, **options)
+    config = parity.ds_config(stage, ep_size, **layout)
+    more = {} if train_rows is None else {"train_rows": train_rows}
+    results = cluster.run(run, str(source), str(out), config, accumulation, checkpointing, **more)[::peers]
     rows = [json.loads(line) for line in (out / "expert_load.jsonl").read_text().splitlines()]
     assert [(row["step"], row["split"]) for row in rows] == [(s, x) for s in (1, 2, 3) for x in ("train", "eval")]
     history = results[0]["history"]
@@ -107,8 +113,6 @@ def check(
             for name, value in overall(expected).items():
                 assert logged[prefix + name] == pytest.approx(value, rel=1e-5), (step, prefix + name)
 
-
-REENTRANT, PLAIN = {"use_reentrant": True}, {"use_reentrant": False}
 
 CASES = [
     # ranks, EP, ZeRO, accumulation, checkpointing

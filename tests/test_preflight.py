@@ -216,6 +216,36 @@ def test_routing(ds: Any, ep: dict[str, Any], config: dict[str, Any], words: str
             {"tensor_parallel": TP, "sequence_parallel_size": 2},
             "tensor_parallel.autotp_size = 2 and sequence_parallel_size = 2: DeepSpeed takes tensor or sequence",
         ),
+        (
+            None,
+            {"stage": 3},
+            {"sequence_parallel_size": 2},
+            "sequence_parallel_size = 2 without expert_parallel: not tested here",
+        ),
+        (
+            {},
+            {},
+            {"sequence_parallel_size": 2, "data_parallel_size": 1},
+            "data_parallel_size with sequence_parallel_size = 2: it follows from the number of ranks",
+        ),
+        (
+            {},
+            {},
+            {"sequence_parallel_size": 2, "train_batch_size": 8},
+            "train_batch_size = 8 with sequence_parallel_size = 2: transformers compares it with a number",
+        ),
+        (
+            {},
+            {},
+            {"sequence_parallel_size": 2, "compile": {"autoep_non_moe": True}},
+            "compile.autoep_non_moe = true with sequence parallelism: refused by DeepSpeed",
+        ),
+        (
+            {},
+            {"stage": 3, "offload_param": {"device": "cpu"}},
+            {"compile": {"autoep_non_moe": True}},
+            "compile.autoep_non_moe = true with ZeRO stage 3, offload: refused by DeepSpeed; remove",
+        ),
         (None, {"legacy_stage1": True}, {}, "zero_optimization.legacy_stage1 = true: DeepSpeed no longer has it"),
         (
             None,
@@ -310,6 +340,30 @@ def test_tensor_parallel(ds: Any, model_type: str, tensor: Any, other: dict[str,
         assert problems == []
     else:
         assert any(words in line for line in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "sp", "words"),
+    [
+        ("mixtral", {}, 8, " does not divide the model's 4 attention heads; use one of [1, 2, 4]"),
+        ("mixtral", {"num_key_value_heads": 1}, 4, None),  # one head of keys, repeated
+        (
+            "qwen3_moe",
+            {"num_attention_heads": 12, "num_key_value_heads": 4},
+            6,
+            ": 4 key-value heads can be neither dealt out nor repeated evenly; use one of [1, 2, 4, 12]",
+        ),
+        ("mixtral", {"sliding_window": 32}, 2, " with sliding_window = 32 in config.json: Ulysses drops the mask"),
+        ("qwen2_moe", {"sliding_window": 32, "use_sliding_window": False}, 2, None),
+        ("deepseek_v3", {}, 2, " with model_type = deepseek_v3: Ulysses exchanges heads of one width"),
+        ("deepseek_v2", {}, 2, " with model_type = deepseek_v2: Ulysses exchanges heads of one width"),
+    ],
+)
+def test_sequence_parallel(ds: Any, model_type: str, changes: dict[str, Any], sp: int, words: str | None) -> None:
+    problems = check_run(
+        ds({}, sequence_parallel_size=sp), {"model_type": model_type, **TINY[model_type], **changes}, 24
+    )
+    assert problems == [] if words is None else one(problems).startswith(f"sequence_parallel_size = {sp}{words}")
 
 
 def test_presets_of_the_two_kinds_of_parallelism_must_agree(ds: Any) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cluster import free_port
+from tests.recipe import venv_for_run_sh
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,17 +46,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = ({"input_ids": [3 + (i * k) % 61 for i in range(24)]} for k in range(1, 33))
     (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "book.txt").write_text(" ".join(f"w{5 + i % 59}" for i in range(300)))
-    # run.sh would install into a .venv here; this test's interpreter has everything already.
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    for name in ("python", "deepspeed"):
-        target = Path(sys.executable).with_name(name)
-        script = folder / ".venv" / "bin" / name
-        script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(target))} "$@"\n')
-        script.chmod(0o755)
-    for mark, files in {"main": ["requirements.txt"]}.items():
-        text = "".join((folder / file).read_text() for file in files) + (folder / "pyproject.toml").read_text()
-        sum_ = subprocess.run(["cksum"], input=text, capture_output=True, text=True, check=True).stdout.strip()
-        (folder / ".venv" / f".installed-{mark}").write_text(sum_ + "\n")
+    venv_for_run_sh(folder)
     return folder
 
 

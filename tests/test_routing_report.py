@@ -101,12 +101,12 @@ def test_every_ds_config_becomes_the_grid_that_layout_py_computes() -> None:
     assert entries["zero1_ep2_tp2.json"]["tp"] == 2
     for entry in entries.values():
         for world, grid in entry["worlds"].items():
-            layout = Layout(int(world), entry["ep"], entry["tp"])
+            layout = Layout(int(world), entry["ep"], entry["tp"], entry["sp"])
             assert grid["groups"] == layout.ep_groups()
             for rank, (ep, edp, dp, _, first, held) in enumerate(grid["ranks"]):
                 assert rank in grid["groups"][edp]
                 assert grid["groups"][edp][ep] == rank
-                assert dp == rank // entry["tp"]
+                assert dp == rank // (entry["tp"] * entry["sp"])
                 assert range(first, first + held) == layout.experts_of(rank, 4)
 
 

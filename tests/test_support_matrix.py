@@ -27,6 +27,10 @@ def tensor_parallel(stage: int = 1, **more: Any) -> dict[str, Any]:
     return parity.ds_config(stage, 2, tensor_parallel=PLAN, **more)
 
 
+def sequence_parallel(stage: int = 1, **more: Any) -> dict[str, Any]:
+    return parity.ds_config(stage, 2, **{"sequence_parallel_size": 2, **more})
+
+
 # what: (ds_config, family, changes of its config.json, words of the refusal)
 REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     "ZeRO-0 with AutoEP": (parity.ds_config(0, 2), "mixtral", {}, "stage"),
@@ -49,6 +53,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     "tensor parallelism, olmoe": (tensor_parallel(), "olmoe", {}, "olmoe"),
     "tensor parallelism, deepseek_v3": (tensor_parallel(), "deepseek_v3", {}, "deepseek_v3"),
     "tensor parallelism with moe.balance": (tensor_parallel(moe={"balance": {}}), "mixtral", {}, "balance"),
+    "sequence parallelism at ZeRO-3": (sequence_parallel(3), "mixtral", {}, "sequence_parallel_size"),
+    "sequence parallelism with tensor parallelism": (
+        sequence_parallel(tensor_parallel=PLAN), "mixtral", {}, "tensor or sequence parallelism",
+    ),
+    "sequence parallelism, latent attention": (sequence_parallel(), "deepseek_v3", {}, "latent attention"),
+    "sequence parallelism, sliding window": (sequence_parallel(), "mixtral", {"sliding_window": 32}, "sliding_window"),
+    "sequence parallelism, too few heads": (
+        sequence_parallel(sequence_parallel_size=4), "mixtral",
+        {"num_attention_heads": 2}, "attention heads",
+    ),
+    "sequence parallelism without AutoEP": (
+        parity.ds_config(1, None, sequence_parallel_size=2), "mixtral", {}, "without expert_parallel",
+    ),
+    "sequence parallelism, native layers": (
+        {**native(), "sequence_parallel_size": 2}, "mixtral", {}, "sequence_parallel_size",
+    ),
 }  # fmt: skip
 
 
@@ -80,3 +100,9 @@ def test_the_page_is_of_these_tests() -> None:
     figures = [float(number) for number in re.findall(r"\d\.?\d*e[-+]\d\d", page)]
     assert figures
     assert max(figures) <= 1e-4
+
+
+def test_readme_has_the_table_of_the_page() -> None:
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "support-matrix.md").read_text()
+    assert readme == support_matrix.in_readme(readme, page)
+    assert readme.count("| AutoEP | 1, 2, 3 | 1, 2, 4 |") == len(TINY)

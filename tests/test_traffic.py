@@ -67,8 +67,11 @@ def check_live_run(
     """Same groups; same bytes but for padding. Rows arrive unevenly, so bytes are averaged over the ranks."""
     ds, world = load_ds_config(path), cluster.world_size
     results = cluster.run(trace.traced_step, str(source), str(out), ds.deepspeed, accumulation, recompute)
-    layout = Layout(world, ds.ep_size, ds.tp_size)
-    made = {"DP": layout.zero_groups(), "EP": layout.ep_groups(), "EDP": layout.edp_groups(), "TP": layout.tp_groups()}
+    layout = Layout(world, ds.ep_size, ds.tp_size, ds.sp_size)
+    made = {
+        "DP": layout.zero_groups(), "EP": layout.ep_groups(), "EDP": layout.edp_groups(), "TP": layout.tp_groups(),
+        "SP": layout.sp_groups(),
+    }  # fmt: skip
     for rank, result in enumerate(results):
         for name, group in result["groups"].items():
             assert group == next(ranks for ranks in made[name] if rank in ranks), name

@@ -86,5 +86,7 @@ def traced_step(source: str, out: str, config: dict[str, Any], accumulation: int
         made["EDP"] = ranks_of(ds_groups._get_expert_data_parallel_group(f"ep_size_{ep}"))
     if config.get("tensor_parallel"):
         made["TP"] = ranks_of(ds_groups.get_tensor_model_parallel_group())
+    if config.get("sequence_parallel_size", 1) > 1:
+        made["SP"] = ranks_of(ds_groups._get_sequence_parallel_group())
     torch.manual_seed(0)
     return {"flows": dict(flows), "groups": made}
