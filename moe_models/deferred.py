@@ -32,6 +32,9 @@ class Deferred(torch.Tensor):
 class DeferredTrainer(SFTTrainer):
     """SFTTrainer whose training metrics are read from the device when they are logged, all at once."""
 
+    _total_train_tokens: Any
+    """TRL's running sum; a number again whenever something was logged."""
+
     def create_accelerator_and_postprocess(self) -> None:
         """As in HF; what is gathered for metrics in training is deferred."""
         super().create_accelerator_and_postprocess()
@@ -46,9 +49,11 @@ class DeferredTrainer(SFTTrainer):
     def log(self, *args: Any, **kwargs: Any) -> None:
         """TRL's, of numbers."""
         kept = [values for metrics in self._metrics.values() for values in metrics.values()]
+        kept.append(total := [self._total_train_tokens])
         waiting = [value for values in kept for value in values if isinstance(value, Deferred)]
         if waiting:
             numbers = iter(torch.stack([value.as_subclass(torch.Tensor).double() for value in waiting]).tolist())
             for values in kept:
                 values[:] = [next(numbers) if isinstance(value, Deferred) else value for value in values]
+            self._total_train_tokens = int(total[0])
         super().log(*args, **kwargs)

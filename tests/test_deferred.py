@@ -69,6 +69,7 @@ def histories(
 
     trainer.compute_loss = counted
     trainer.train()
+    assert type(trainer._total_train_tokens) is int
     return trainer.state.log_history, len(reads)
 
 
