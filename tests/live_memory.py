@@ -73,6 +73,7 @@ def peak_of_a_step(
                         engine.backward(outputs.loss)
                     else:
                         del outputs
+                        gc.collect()  # autograd leaves cycles behind
                         peaks["gradients"] = live.now - peaks["rest"]
                         engine.step()
                     peaks[moment] = max(peaks[moment], live.peak)
