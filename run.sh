@@ -10,6 +10,7 @@
 #   ./run.sh export ARGS...      DeepSpeed checkpoint -> Hugging Face folder
 #   ./run.sh check ARGS...       what a layout would do: the grid, the bytes, every error and warning (seconds, no GPU)
 #   ./run.sh plan ARGS...        which layout trains a model fastest on which GPUs, and why (seconds, no GPU)
+#   ./run.sh bench ARGS...       layouts and baselines side by side on these GPUs: tokens/s, memory, where the time goes
 #   ./run.sh report ARGS...      HTML page: which token goes to which expert on which GPU, and what imbalance costs
 #   ./run.sh test [ARGS...]      lint, types and tests (ARGS go to pytest)
 #
@@ -39,10 +40,10 @@ install() { # install MARK REQUIREMENTS...: once per content of the requirement 
 verb=${1:-quickstart}
 [ $# -gt 0 ] && shift
 case $verb in
-quickstart | finetune | pretrain | upcycle | export | check | plan | report | test) ;;
--h | --help | help) sed -n '2,16p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
+quickstart | finetune | pretrain | upcycle | export | check | plan | bench | report | test) ;;
+-h | --help | help) sed -n '2,17p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
 -*) set -- "$verb" "$@" && verb=quickstart ;;
-*) fail "./run.sh $verb: no such verb; one of finetune, pretrain, upcycle, export, check, plan, report, test" ;;
+*) fail "./run.sh $verb: no such verb; one of finetune, pretrain, upcycle, export, check, plan, bench, report, test" ;;
 esac
 if [ ! -x "$python" ] && ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
   fail "${PYTHON:-python3}: Python 3.10 or later is needed; name one: PYTHON=python3.12 ./run.sh"
@@ -84,7 +85,7 @@ finetune | pretrain)
   gpus=${GPUS:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
   exec "$venv/bin/deepspeed" --quiet --num_gpus "$gpus" "$here/recipes/$verb.py" "$@"
   ;;
-upcycle | export | check | plan)
+upcycle | export | check | plan | bench)
   exec "$python" "$here/recipes/$verb.py" "$@"
   ;;
 report)

@@ -6,6 +6,7 @@ Units: GB is 10^9 bytes, GiB is 2^30; ``sent`` is what one rank puts on the wire
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -64,7 +65,7 @@ class Device:
     host_adam_gparams_per_s: float
     """10^9 parameters a second that one rank's share of the CPU updates."""
     node: Mapping[str, Link]
-    """``all_to_all`` and ``all_reduce`` inside a node."""
+    """``all_to_all``, ``all_reduce`` and, where it differs from that, ``all_gather`` inside a node."""
     network: Mapping[str, Link]
     """The same between nodes, for groups with one GPU in each node, all groups at once."""
     grouped_matmul_efficiency: Pairs = ()
@@ -86,6 +87,16 @@ def interpolate(pairs: Pairs, x: float) -> float:
 def device_names() -> list[str]:
     """Names that ``read_device`` takes."""
     return sorted(json.loads(DEVICES_FILE.read_text(encoding="utf-8"))["devices"])
+
+
+def link_gb_per_s(gpu: str) -> float | None:
+    """What the links of a GPU, by the name that the driver gives it, carry in one direction; None where unknown."""
+    if "PCI" in gpu.upper():  # no NVLink
+        return None
+    for device in json.loads(DEVICES_FILE.read_text(encoding="utf-8"))["devices"].values():
+        if re.search(rf"\b{device['name'].split()[1]}\b", gpu):
+            return float(device["link_gb_per_s"]["value"])
+    return None
 
 
 def read_device(name: str, calibrations: Iterable[str | Path] = ()) -> Device:
@@ -125,7 +136,7 @@ _NUMBERS = (
     "host_link_gb_per_s",
     "host_adam_gparams_per_s",
 )
-_FABRICS, _COLLECTIVES = ("node", "network"), ("all_to_all", "all_reduce")
+_FABRICS, _COLLECTIVES = ("node", "network"), ("all_to_all", "all_reduce", "all_gather")
 
 
 def _calibrated(device: Device, path: Path) -> Device:
@@ -161,7 +172,7 @@ def _calibrated(device: Device, path: Path) -> Device:
 
 def _links(fabric: str, value: Any) -> tuple[dict[str, Link], list[str]]:
     if not isinstance(value, dict):
-        return {}, [f"{fabric} = {show(value)}: must be an object with {' and '.join(_COLLECTIVES)}"]
+        return {}, [f"{fabric} = {show(value)}: must be an object with {', '.join(_COLLECTIVES)}"]
     links, problems = {}, []
     for kind, figure in value.items():
         where = f"{fabric}.{kind} = {show(figure)}"

@@ -54,6 +54,8 @@ class Family:
     """Hub name of each expert projection, after ``{block}.experts.{e}.`` and before ``.weight``."""
     renames: tuple[tuple[str, str], ...] = ()
     """AutoEP or native name -> module name inside the block, beyond router and experts (shared and residual ones)."""
+    fp32_scores: bool = False
+    """Whether the HF router hands out its weights in fp32, so that the weighted sum of a bf16 model is fp32 too."""
     returns_aux_loss: bool = True
     """Whether the HF class returns ``aux_loss`` (DeepSeek's do not: they balance by bias or not at all)."""
 
@@ -110,6 +112,7 @@ FAMILIES: dict[str, Family] = {
             autoep_preset="mixtral",
             hub_block="block_sparse_moe",
             hub_expert_names={"gate": "w1", "up": "w3", "down": "w2"},
+            fp32_scores=True,
         ),
         Family(
             model_type="qwen2_moe",
@@ -140,6 +143,7 @@ FAMILIES: dict[str, Family] = {
             autoep_preset="deepseek_v2",
             hub_expert_names=_PROJ,
             returns_aux_loss=False,
+            fp32_scores=True,
         ),
         Family(
             model_type="deepseek_v3",  # arXiv 2412.19437
@@ -148,6 +152,7 @@ FAMILIES: dict[str, Family] = {
             autoep_preset="deepseek_v3",
             hub_expert_names=_PROJ,
             returns_aux_loss=False,
+            fp32_scores=True,
         ),
         Family(
             model_type="prmoe",  # arXiv 2201.05596; ours: moe_models/prmoe.py registers it with transformers

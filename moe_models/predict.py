@@ -9,11 +9,12 @@ from typing import Any
 from moe_models.config import DsConfig
 from moe_models.devices import Device
 from moe_models.errors import UserError
+from moe_models.flops import train_flops
 from moe_models.layout import Layout
 from moe_models.memory import Loss, Memory, host_bytes, memory_moments
 from moe_models.sizes import model_sizes
 from moe_models.states import StateBytes
-from moe_models.step_time import StepTime, step_time, train_flops
+from moe_models.step_time import StepTime, step_time
 from moe_models.traffic import Work
 
 GIB = 2**30

@@ -50,6 +50,8 @@ class ModelSizes:
     """Parameters of one expert."""
     dense: tuple[tuple[str, Shape], ...]
     """Module name and shape of every parameter that is not in a routed expert."""
+    fp32_scores: bool
+    """As in :class:`~moe_models.families.Family`."""
 
     @cached_property
     def dense_params(self) -> int:
@@ -97,6 +99,7 @@ def model_sizes(config: Mapping[str, Any]) -> ModelSizes:
             top_k=int(_get(config, "num_experts_per_tok") or 1),
             expert_size=3 * hidden * int(_get(config, family.expert_size_key)),
             dense=tuple(_dense(family, config)),
+            fp32_scores=family.fp32_scores,
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"config.json: sizes cannot be read from it ({type(error).__name__}: {error})") from error

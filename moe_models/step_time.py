@@ -1,19 +1,19 @@
 """Seconds of one optimizer step on one rank: compute, all-to-all, reduce and gather, optimizer. Torch-free.
 
 A model, not a measurement. Bytes on the wire are those of ``traffic.py``, which its test compares with live runs; rates
-are the device's (``devices.json`` or a calibration). What no rate says stands here as a constant, each with what it was
-fitted to: 15 runs on 2 and 4 H200s, bf16, mostly eager kernels (``tests/layouts.py`` has them, ``test_step_time.py``
-holds the fit).
+are the device's (``devices.json`` or a calibration). What no rate says stands here as a constant. They were fitted
+together to 34 runs on 2 and 4 H200s, bf16, and rounded; the 19 of the pinned versions counted more
+(``tests/layouts.py`` has them all, ``test_step_time.py`` holds the fit, ``benchmarks/plan.md`` says how good it is).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from math import ceil, prod
+from math import ceil
 
 from moe_models.config import DsConfig
 from moe_models.devices import Device, Link, interpolate
+from moe_models.flops import train_flops
 from moe_models.layout import Layout
 from moe_models.memory import rank_load
 from moe_models.shares import offloaded
@@ -21,27 +21,38 @@ from moe_models.sizes import ModelSizes
 from moe_models.states import BF16, StateBytes
 from moe_models.traffic import Flow, Work, traffic
 
-MATMUL_SHARE = 0.85
+MATMUL_SHARE = 0.74
 """Of ``matmul_tflops``, in the dense matrices of a model (attention included)."""
-GROUPED_SHARE, GROUPED_ROWS, GROUPED_WIDTH = 0.82, 192, 390
-"""The experts' grouped product: share at many rows and wide experts, and where half of it is reached."""
-NORM_BYTES = {False: 150, True: 30}
-"""Read and written for each element of the residual stream by one RMSNorm and what surrounds it, forward and backward;
-eager (False) and Liger's kernel (True)."""
-ROW_BYTES = 156
-"""For each element of a routed row [D]: gather, permute, un-permute, weigh and sum, forward and backward."""
-INNER_BYTES = 22
-"""For each element of an expert's inner activation [F], forward and backward."""
-LOGIT_BYTES = {False: 60, True: 12}
+GROUPED_SHARE, GROUPED_ROWS = 0.95, 170
+"""The experts' grouped product alone: share at many rows of one expert, and the rows at which half of it is reached
+(``benchmarks/alltoall.md``); a calibration replaces both."""
+IN_STEP = 0.86
+"""Of that share, inside of a training step."""
+NORM_BYTES = {False: 165, True: 25}
+"""For each element that passes an RMSNorm (with the residual sum beside it) or RoPE, forward and backward; eager
+(False) and Liger's kernels (True)."""
+ROW_BYTES = {"bf16": 80, "fp32": 150, "fused": 70}
+"""For each element of a routed row [D]: gather, permute, un-permute, weigh and sum, forward and backward. Plain blocks
+weigh in the dtype of the router's scores (``Family.fp32_scores``), AutoEP always weighs an fp32 copy, unless
+``combine_impl`` says ``fused_weighted_sum``: one kernel without copies."""
+INNER_BYTES = {False: 54, True: 26}
+"""For each element of an expert's inner activation [F], forward and backward: transformers' SwiGLU out of several
+kernels that read strided halves of one tensor (False), AutoEP's single kernel (True)."""
+LOGIT_BYTES = {False: 60, True: 14}
 """For each logit; with all logits at once (False) and tile by tile (True)."""
 ADAM_BYTES = 115
 """For each parameter a rank updates: norm in fp64, flat copies, fp32 gradient, AdamW's reads and writes."""
-LAYER_SECONDS = 1.55e-3
-"""One decoder layer, forward and backward, whatever the tokens: launches, and split sizes read back by the host."""
-HOOK_SECONDS = 4.3e-3
-"""More of it under ZeRO-3, whose hooks fetch and release each module."""
-OVERLAP = 0.2
-"""Share of the compute time behind which reductions and gathers hide (``overlap_comm``)."""
+LAYER_SECONDS = {False: 1.5e-3, True: 2.6e-3}
+"""One decoder layer, forward and backward, in which the GPU has nothing to do: plain, and with AutoEP (True), whose
+layers read split sizes back to the host before they go on."""
+HOST_SECONDS = 20e-3
+"""What Python needs for one layer, forward and backward, under ZeRO-3, whose hooks fetch and release each module: a
+step takes no less, whatever the GPU does meanwhile."""
+SHARD_BYTES = 13
+"""Moved in the GPU's memory for each parameter in each forward and backward pass under ZeRO-3: gradients divided,
+flattened and added to the partition, gathered weights put together."""
+STEAL = 0.23
+"""Share of the time of a collective beside the compute that the compute takes longer for it."""
 GATHER_CALLS = 4
 """All-gathers of one layer in one pass under ZeRO-3."""
 
@@ -63,20 +74,6 @@ class StepTime:
         return self.compute + self.all_to_all + self.reduce_gather + self.optimizer
 
 
-@lru_cache(maxsize=64)
-def train_flops(sizes: ModelSizes, length: int) -> tuple[float, float]:
-    """Floating point operations of forward and backward for one token: outside the experts, and in them.
-
-    6 for each parameter of a matrix that the token passes (the embedding is a lookup), and causal attention, which sees
-    half of the sequence on average. Recomputation is not counted, as in MFU (arXiv 2204.02311, appendix B).
-    """
-    matrices = sum(prod(shape) for name, shape in sizes.dense if len(shape) == 2 and "embed_tokens" not in name)
-    if not any(name == "lm_head.weight" for name, _ in sizes.dense):  # tied
-        matrices += prod(dict(sizes.dense)["model.embed_tokens.weight"])
-    attention = sizes.layers * sizes.heads * (sizes.head_dim + sizes.value_dim) * length / 2
-    return 6.0 * (matrices + attention), 6.0 * sizes.moe_layers * sizes.top_k * sizes.expert_size
-
-
 def step_time(
     ds: DsConfig,
     states: StateBytes,
@@ -93,6 +90,7 @@ def step_time(
     sizes, spread = states.sizes, states.spread
     load = rank_load(skew, sizes.num_experts, layout.ep_size) if spread else 1.0
     compute = work.accumulation * _compute(ds, sizes, layout, work, device, spread, load, liger, chunked)
+    again = 4 / 3 if work.recompute else 1.0
     exchanged, hidden, exposed = 0.0, 0.0, 0.0
     for flow in traffic(ds, sizes, layout, work, gpus_per_node):
         seconds = _seconds(flow, ds, sizes, layout, work, device, gpus_per_node)
@@ -103,11 +101,15 @@ def step_time(
         else:
             hidden += seconds
     if ds.zero_stage == 3:
-        exposed += HOOK_SECONDS * sizes.layers * work.accumulation
         if "weights" in offloaded(ds):
             passes = (3 if work.recompute else 2) * work.accumulation
             hidden += passes * states.partition * BF16 / device.host_link_gb_per_s / 1e9
-    exposed += max(0.0, hidden - OVERLAP * compute)
+        sharded = states.share.dense + (states.share.expert if states.copies > 1 else 0)
+        exposed += work.accumulation * sharded * SHARD_BYTES / (device.memory_gb_per_s * 1e9)
+    exposed += max(STEAL * hidden, hidden - compute)
+    if ds.zero_stage == 3:
+        host = again * HOST_SECONDS * sizes.layers * work.accumulation
+        exposed = max(exposed, host - compute - exchanged)
     return StepTime(
         compute=compute,
         all_to_all=exchanged,
@@ -137,29 +139,44 @@ def _compute(
     each = rows * group / sizes.num_experts  # rows of one expert in one call
     rate = device.matmul_tflops * 1e12
     seconds: float = again * tokens * dense / layout.tp_size / (rate * MATMUL_SHARE)
-    seconds += again * load * tokens * experts / layout.tp_size / (rate * grouped_share(device, each, inner))
-    norms = sum(name.endswith("norm.weight") for name, _ in sizes.dense)
-    moved: float = tokens * sizes.hidden * norms * NORM_BYTES[liger]
-    moved += rows * sizes.moe_layers * (sizes.hidden * ROW_BYTES + load * inner * INNER_BYTES)
+    seconds += again * load * tokens * experts / layout.tp_size / (rate * grouped_share(device, each))
+    moved: float = tokens * _normed(sizes) * NORM_BYTES[liger]
+    fused = ds.expert_parallel is not None and ds.expert_parallel.combine_impl == "fused_weighted_sum"
+    combine = "fused" if fused else "fp32" if spread or sizes.fp32_scores else "bf16"
+    row = sizes.hidden * ROW_BYTES[combine] + load * inner * INNER_BYTES[spread]
+    moved += rows * sizes.moe_layers * row
     vocabulary = dict(sizes.dense)["model.embed_tokens.weight"][0]
     logits = tokens * vocabulary * LOGIT_BYTES[chunked or liger]
     seconds += (again * moved + logits) / (device.memory_gb_per_s * 1e9)
-    return seconds + again * LAYER_SECONDS * sizes.layers
+    if chunked or liger:  # the backward pass computes the logits again
+        seconds += 2 * tokens * vocabulary * sizes.hidden / (rate * MATMUL_SHARE)
+    return seconds + again * LAYER_SECONDS[spread] * sizes.layers
 
 
-def grouped_share(device: Device, rows: float, inner: int) -> float:
-    """Share of ``matmul_tflops`` that the grouped product reaches with ``rows`` for each expert of width ``inner``."""
+def _normed(sizes: ModelSizes) -> int:
+    """Elements of one token that pass an RMSNorm or RoPE, all layers together."""
+    heads = {"q_norm": sizes.heads, "k_norm": sizes.kv_heads}
+    width = sizes.layers * (sizes.heads + sizes.kv_heads) * sizes.head_dim
+    for name, shape in sizes.dense:
+        if name.endswith("norm.weight"):
+            each_head = shape[0] == sizes.head_dim  # one norm, used for every head
+            width += shape[0] * (heads.get(name.split(".")[-2], 1) if each_head else 1)
+    return width
+
+
+def grouped_share(device: Device, rows: float) -> float:
+    """Share of ``matmul_tflops`` that the grouped product reaches with ``rows`` for each expert."""
     if device.grouped_matmul_efficiency:
-        return interpolate(device.grouped_matmul_efficiency, rows)
-    return GROUPED_SHARE * rows / (rows + GROUPED_ROWS) * inner / (inner + GROUPED_WIDTH)
+        return IN_STEP * interpolate(device.grouped_matmul_efficiency, rows)
+    return IN_STEP * GROUPED_SHARE * rows / (rows + GROUPED_ROWS)
 
 
 def _seconds(
     flow: Flow, ds: DsConfig, sizes: ModelSizes, layout: Layout, work: Work, device: Device, per_node: int
 ) -> float:
-    kind = "all_to_all" if flow.collective == "all-to-all" else "all_reduce"
+    kind = {"all-to-all": "all_to_all", "all-reduce": "all_reduce"}.get(flow.collective, "all_gather")
     calls = _calls(flow, ds, sizes, work)
-    node, network = device.node[kind], device.network[kind]
+    node, network = (links.get(kind, links["all_reduce"]) for links in (device.node, device.network))
     if not flow.across:
         return node.seconds(flow.sent, calls)
     neighbours = _in_one_node(flow, layout, per_node)

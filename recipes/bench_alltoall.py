@@ -2,7 +2,7 @@
 
     # 4 GPUs that share the experts; what NVLink allows stands beside what was reached
     deepspeed --num_gpus 4 recipes/bench_alltoall.py --config_name model_configs/bench-finegrained.json \\
-        --link_gb_per_s 450 --output_dir out/alltoall
+        --output_dir out/alltoall
 
     # the routing that a run recorded, layer by layer
     deepspeed --num_gpus 4 recipes/bench_alltoall.py --config_name ... --routing out/run/expert_load.jsonl
@@ -73,7 +73,10 @@ def parse(words: list[str]) -> argparse.Namespace:
         help="Uneven cases: load of the fullest rank over the mean.",
     )  # fmt: skip
     parser.add_argument("--routing", help="expert_load.jsonl of a run: its last training step, layer by layer.")
-    parser.add_argument("--link_gb_per_s", type=float, help="10^9 bytes a second that a GPU can send (NVLink 4: 450).")
+    parser.add_argument(
+        "--link_gb_per_s", type=float,
+        help="10^9 bytes a second that a GPU can send; without it the figure of moe_models/devices.json.",
+    )  # fmt: skip
     parser.add_argument("--largest_mib", type=float, default=512, help="Largest message of the sweep.")
     parser.add_argument("--repeats", type=int, default=20, help="Calls of which the median counts.")
     parser.add_argument("--output_dir", default="out/alltoall", help="Folder for the report.")
@@ -139,6 +142,7 @@ def measure(args: argparse.Namespace, config: dict[str, Any], cases: dict[str, l
     import torch.distributed as dist
 
     from moe_models.collectives import exchange, sweep
+    from moe_models.devices import link_gb_per_s
     from moe_models.layout import Layout
     from moe_models.machine import (
         grouped_matmul_efficiency,
@@ -185,9 +189,13 @@ def measure(args: argparse.Namespace, config: dict[str, Any], cases: dict[str, l
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
     # What a group with several GPUs in each of several nodes reaches is neither the one nor the other.
     where = "node" if on_node % args.ep_size == 0 else "network" if on_node == 1 else None
+    if args.link_gb_per_s is None:
+        args.link_gb_per_s = link_gb_per_s(name)
     said = f"{time.strftime('%Y-%m-%d')}, {WORLD_SIZE} x {name}, EP {args.ep_size}, torch {torch.__version__}"
     collectives = (
-        {where: {key: links[key] for key in ("all_to_all", "all_reduce")}} if where and args.ep_size > 1 else {}
+        {where: {key: links[key] for key in ("all_to_all", "all_reduce", "all_gather")}}
+        if where and args.ep_size > 1
+        else {}
     )
     return {
         "measured": said,

@@ -1,4 +1,4 @@
-"""The three ways in which recipes/bench.py trains: MoETrainer, a bare deepspeed.initialize loop, transformers' own EP.
+"""The three ways in which recipes/bench.py trains: MoETrainer here, and the two of ``bench_baselines.py``.
 
 All take the same model (random weights from one seed), the same tokens, AdamW with fp32 master weights, clipping at 1,
 and the auxiliary loss of the model's config. A row is run by all ranks; each function returns the figures that only it
@@ -7,53 +7,26 @@ knows (loss, load of the experts).
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 
+from bench_baselines import run_bare, run_transformers_ep
 from bench_clock import Clock
-from moe_models.load_stats import LoadStats, overall
-
-LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-5, (0.9, 0.95), 1e-8, 0.1, 1.0
-
-
-def build_model(job: dict[str, Any], device: torch.device) -> Any:
-    """The model of the row with random weights, whole, on the device of each rank; the same in every layout."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import moe_models.prmoe  # noqa: F401 (for AutoConfig)
-    from moe_models.hf_folder import without_zero3
-
-    config = AutoConfig.for_model(**job["model_config"])
-    if hasattr(config, "router_aux_loss_coef"):
-        config.output_router_logits = True
-    torch.manual_seed(job["seed"])
-    with without_zero3(), device:
-        model = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation=job["attn_implementation"],
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        )
-    return model.to(device).train()
-
-
-def make_rows(job: dict[str, Any], steps: int) -> torch.Tensor:
-    """Token ids [sequences, length] of all ranks and optimizer steps."""
-    generator = torch.Generator().manual_seed(job["seed"])
-    vocab = job["model_config"]["vocab_size"]
-    count = steps * job["micro_batch"] * job["accumulation"] * dist.get_world_size()
-    if job["tokens"] == "uniform":
-        return torch.randint(0, vocab, (count, job["seq_length"]), generator=generator)
-    weights = 1.0 / torch.arange(1, vocab + 1, dtype=torch.float64)
-    drawn = torch.multinomial(weights, count * job["seq_length"], replacement=True, generator=generator)
-    return drawn.view(count, job["seq_length"])
-
-
-# ------------------------------------------------------------------------------------------------------ MoETrainer
+from bench_model import (
+    BETAS,
+    CLIP,
+    EPS,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    build_model,
+    destroy,
+    load_figures,
+    make_rows,
+    mean_of_ranks,
+)
 
 
 class _ClockCallback(TrainerCallback):  # type: ignore[misc]
@@ -72,7 +45,7 @@ class _ClockCallback(TrainerCallback):  # type: ignore[misc]
         self.clock.step_end()
         if state.global_step == self.clock.total:
             routing = self.trainer.routing
-            self.load = _load(routing.stats, routing._group)
+            self.load = load_figures(routing.stats, routing._group)
 
 
 def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict[str, Any]:
@@ -130,7 +103,7 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
         trainer.train()
         mine = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry][-1]
         loss = mean_of_ranks(torch.tensor(mine, device=device))  # HF's is this rank's where nothing was logged
-        _destroy(trainer.model_wrapped)
+        destroy(trainer.model_wrapped)
     return {"loss": loss, **callback.load}
 
 
@@ -142,173 +115,6 @@ def _tokenizer() -> Any:
 
     core = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
-
-
-# ---------------------------------------------------------------------------------------------------- the baselines
-
-
-def run_bare(job: dict[str, Any], clock: Clock, device: torch.device) -> dict[str, Any]:
-    """A deepspeed.initialize loop as DeepSpeed's documentation writes it, on the model's own loss."""
-    import deepspeed
-
-    from moe_models.autoep import register_presets
-    from moe_models.config import adapt_for_cpu, load_ds_config
-
-    config = copy.deepcopy(load_ds_config(job["json_path"]).deepspeed)
-    if device.type != "cuda":
-        config = adapt_for_cpu(config)[0]
-    values = {"lr": LEARNING_RATE, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY}
-    params = config.get("optimizer", {}).get("params", {})
-    params.update({key: values[key] for key, value in params.items() if value == "auto"})
-    config |= {
-        "train_micro_batch_size_per_gpu": job["micro_batch"],
-        "gradient_accumulation_steps": job["accumulation"],
-        "gradient_clipping": CLIP,
-    }
-    config.pop("train_batch_size", None)
-    register_presets()
-    model = build_model(job, device)
-    if job["checkpointing"]:
-        model.gradient_checkpointing_enable()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    tap = _Tap(engine.module, job, device)
-    clock.on_profile = tap.attach
-    clock.begin(engine.optimizer)
-    loss = torch.zeros((), device=device)
-    for step in _batches(job, clock, device):
-        tap.new_step()
-        for batch in step:
-            output = engine(**batch)
-            engine.backward(output.loss)
-            engine.step()
-            loss += output.loss.detach() / (len(step) * clock.total)
-        clock.step_end()
-    figures = {"loss": mean_of_ranks(loss), **tap.read()}
-    _destroy(engine)
-    return figures
-
-
-def run_transformers_ep(job: dict[str, Any], clock: Clock, device: torch.device) -> dict[str, Any]:
-    """transformers' expert parallelism: FSDP2 on one mesh, the experts on another; fp32 weights, bf16 computation.
-
-    torch's clip_grad_norm_ refuses gradients on two meshes, so the norm is the sum over every rank's shards: no two
-    ranks hold the same element.
-    """
-    from transformers.distributed import DistributedConfig
-
-    world = dist.get_world_size()
-    model = build_model(job, device)
-    if device.type == "cuda":
-        model = model.float()
-    layout = DistributedConfig(ep_size=job["ep_size"], fsdp_size=world, fsdp_mixed_precision=device.type == "cuda")
-    layout, _, meshes = type(model).prepare_distribute_model(layout)
-    model = type(model).maybe_distribute_model(model, layout, meshes)
-    if job["checkpointing"]:
-        model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY,
-        fused=device.type == "cuda",
-    )  # fmt: skip
-    tap = _Tap(model, job, device)
-    clock.on_profile = tap.attach
-    clock.begin(optimizer)
-    loss = torch.zeros((), device=device)
-    for step in _batches(job, clock, device):
-        tap.new_step()
-        for index, batch in enumerate(step):
-            model.set_requires_gradient_sync(index == len(step) - 1)
-            output = model(**batch)
-            (output.loss / len(step)).backward()
-            loss += output.loss.detach() / (len(step) * clock.total)
-        clip_shards(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.step_end()
-    return {"loss": mean_of_ranks(loss), **tap.read()}
-
-
-def mean_of_ranks(loss: torch.Tensor) -> float:
-    """As HF's Trainer reports it; collective."""
-    dist.all_reduce(loss)
-    return float(loss) / dist.get_world_size()
-
-
-@torch.no_grad()
-def clip_shards(parameters: Any, limit: float) -> torch.Tensor:
-    """Scale gradients that are DTensors without replicas to a norm of at most ``limit``; returns the norm."""
-    shards = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm([shard for shard in shards if shard.numel()])
-    squares = torch.stack(norms).float().square().sum()
-    dist.all_reduce(squares)
-    norm = squares.sqrt()
-    torch._foreach_mul_(shards, (limit / (norm + 1e-6)).clamp(max=1.0))
-    return norm
-
-
-def _batches(job: dict[str, Any], clock: Clock, device: torch.device) -> Any:
-    """For each optimizer step the micro-batches of this rank, as a data collator makes them."""
-    rows = make_rows(job, clock.total)
-    shape = (clock.total, job["accumulation"], dist.get_world_size(), job["micro_batch"], job["seq_length"])
-    for step in rows.view(shape):
-        ids = step[:, dist.get_rank()].to(device)
-        yield [
-            {"input_ids": x, "labels": x, "attention_mask": torch.ones_like(x), "use_cache": False}
-            for x in ids.unbind()
-        ]
-
-
-class _Tap:
-    """Counts the routers' choices in the profiled steps of a loop that has no MoETrainer."""
-
-    def __init__(self, model: Any, job: dict[str, Any], device: torch.device) -> None:
-        self._model, self._job, self._device = model, job, device
-        self._stats: LoadStats | None = None
-
-    def attach(self) -> None:
-        """Put the hooks in."""
-        from moe_models.families import FAMILIES
-        from moe_models.router_tap import RouterTap, find_routers
-
-        config = self._job["model_config"]
-        family = FAMILIES[config["model_type"]]
-        routers = find_routers(self._model, family, config)
-        blocks, experts = [router.block for router in routers], family.expert_counts(config)
-        self._stats = LoadStats(blocks, experts, self._job["ep_size"], routers[0].score_func, self._device)
-        RouterTap(self._model, routers, self._stats)
-
-    def new_step(self) -> None:
-        """Count the coming optimizer step alone."""
-        if self._stats is not None:
-            self._stats.reset(training=True)
-
-    def read(self) -> dict[str, float]:
-        """The load of the last step."""
-        return _load(self._stats)
-
-
-def _load(stats: LoadStats | None, group: Any = None) -> dict[str, float]:
-    layers = stats.read(True, group) if stats is not None else []
-    if not layers:
-        return {}
-    figures = overall(layers)
-    return {name: figures[name] for name in ("expert_load_max", "expert_load_worst", "rank_load_max")}
-
-
-def _destroy(engine: Any) -> None:
-    """End an engine and empty its tensors.
-
-    DeepSpeed 0.19.8 leaves ZeRO-3's engine in a cycle through autograd that Python's collector does not see, and the
-    next row would start with a full GPU.
-    """
-    optimizer = engine.optimizer
-    engine.destroy()
-    for parameter in engine.module.parameters():
-        parameter.grad = None
-        for held in (parameter, getattr(parameter, "ds_tensor", parameter)):
-            held.data = torch.empty(0, dtype=held.dtype, device=held.device)
-    for holder in (getattr(optimizer, "optimizer", None), optimizer):
-        if holder is not None:
-            holder.__dict__.clear()
 
 
 LOOPS = {"trainer": run_trainer, "bare": run_bare, "transformers_ep": run_transformers_ep}

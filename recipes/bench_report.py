@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from moe_models.flops import train_flops_per_token
+from moe_models.flops import train_flops
 from moe_models.sizes import model_sizes
 
 NAMED = ("hf_zero3", "autoep_stock", "transformers_ep")
@@ -40,7 +40,7 @@ def finish_rows(rows: list[dict[str, Any]], model_config: dict[str, Any], world_
         row["tokens_per_step"] = tokens * world_size
         if row["status"] == "ok":
             row["tokens_per_second_per_gpu"] = tokens / row["step_seconds"]
-            flops = train_flops_per_token(model_sizes(model_config), row["seq_length"])
+            flops = sum(train_flops(model_sizes(model_config), row["seq_length"]))
             row["model_tflops_per_gpu"] = row["tokens_per_second_per_gpu"] * flops / 1e12
             row["mfu"] = row["model_tflops_per_gpu"] / peak
     for row in good:

@@ -66,6 +66,7 @@ def run_job(job: dict[str, Any], device: Any) -> dict[str, Any]:
     from bench_clock import Clock
     from bench_loops import LOOPS
     from moe_models.machine import matmul_tflops, reserved_gib, usable_gib
+    from moe_models.process_state import forget_engines
 
     forget_engines()
     if device.type == "cpu":
@@ -101,25 +102,6 @@ def run_job(job: dict[str, Any], device: Any) -> dict[str, Any]:
 
 MAXIMA = ("step_seconds", "step_seconds_mean", "peak_allocated_gib", "peak_reserved_gib")
 """Figures of which the largest of all ranks counts."""
-
-
-def forget_engines() -> None:
-    """Forget accelerate's, transformers' and DeepSpeed's notes of the last row; the process group stays."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from deepspeed.module_inject.layers import set_autotp_mode
-    from deepspeed.runtime.tensor_parallel import init_utils
-    from deepspeed.utils import groups
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
-    unset_hf_deepspeed_config()
-    init_utils._TP_MODEL_INIT_ARGS = None  # a row with tensor parallelism leaves itself in these
-    set_autotp_mode(training=False)
-    for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "mesh_device"):
-        setattr(groups, name, None)
-    groups.mpu = None
 
 
 def free_memory(device: Any) -> None:

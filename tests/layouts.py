@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,20 @@ if str(ROOT / "recipes") not in sys.path:  # as python does for a script
 
 plan, plan_search = importlib.import_module("plan"), importlib.import_module("plan_search")
 
-__all__ = ["CUT", "FINE", "MEASURED", "MIXTRAL_8X7B", "ROOT", "from_raw", "layout_of", "plan", "plan_search", "work"]
+__all__ = [
+    "BENCHED",
+    "CUT",
+    "FINE",
+    "MEASURED",
+    "MIXTRAL_8X7B",
+    "ROOT",
+    "from_raw",
+    "fused",
+    "layout_of",
+    "plan",
+    "plan_search",
+    "work",
+]
 
 MIXTRAL_8X7B: dict[str, Any] = {
     "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
@@ -52,6 +67,39 @@ MEASURED = {
     "fine ZeRO-3, 4 GPUs, 4": (FINE, 3, 1, 4, 4, 1, False, 49128),
     "fine EP 4, 4 GPUs, 4": (FINE, 1, 4, 4, 4, 1, False, 51921),
 }
+
+MIXTRAL, FINEGRAINED = (
+    json.loads((ROOT / "model_configs" / f"bench-{shape}.json").read_text()) for shape in ("mixtral", "finegrained")
+)
+# model, how it ran, sequences of 4096 in a micro-batch, load of the fullest expert over the mean, tokens/s/GPU, GiB
+# allocated. recipes/bench.py on 2 H200s of one node, the pinned versions, accumulation 4: benchmarks/speed.md.
+BENCHED: dict[str, tuple[dict[str, Any], str, int, float, float, float]] = {
+    "mixtral trainer, 1": (MIXTRAL, "trainer", 1, 1.07, 32984, 57.1),
+    "mixtral trainer, 4": (MIXTRAL, "trainer", 4, 1.05, 40420, 72.0),
+    "mixtral bare, 1": (MIXTRAL, "bare", 1, 1.07, 34031, 57.4),
+    "mixtral bare, 4": (MIXTRAL, "bare", 4, 1.05, 41382, 72.9),
+    "mixtral ZeRO-3, 1": (MIXTRAL, "ZeRO-3", 1, 1.07, 25593, 67.1),
+    "mixtral ZeRO-3, 4": (MIXTRAL, "ZeRO-3", 4, 1.05, 37749, 88.2),
+    "mixtral stock, 1": (MIXTRAL, "stock", 1, 1.07, 33692, 53.4),
+    "mixtral stock, 4": (MIXTRAL, "stock", 4, 1.05, 41354, 72.4),
+    "mixtral Liger, 1": (MIXTRAL, "Liger", 1, 1.07, 35079, 56.6),
+    "mixtral Liger, 4": (MIXTRAL, "Liger", 4, 1.05, 43427, 70.0),
+    "fine trainer, 1": (FINEGRAINED, "trainer", 1, 5.18, 33881, 49.7),
+    "fine trainer, 4": (FINEGRAINED, "trainer", 4, 3.13, 48459, 67.1),
+    "fine ZeRO-3, 1": (FINEGRAINED, "ZeRO-3", 1, 5.19, 23014, 56.6),
+    "fine ZeRO-3, 4": (FINEGRAINED, "ZeRO-3", 4, 3.13, 54270, 79.7),
+    "fine stock, 1": (FINEGRAINED, "stock", 1, 5.17, 33634, 47.3),
+    "fine stock, 4": (FINEGRAINED, "stock", 4, 3.13, 49878, 69.7),
+    "fine Liger, 1": (FINEGRAINED, "Liger", 1, 5.18, 38366, 48.7),
+    "fine Liger, 4": (FINEGRAINED, "Liger", 4, 3.13, 59970, 62.8),
+    "fine fused combine, 4": (FINEGRAINED, "fused combine", 4, 3.13, 55286, 67.1),
+}
+
+
+def fused(ds: DsConfig) -> DsConfig:
+    """The layout with AutoEP's fused combine."""
+    assert ds.expert_parallel is not None
+    return replace(ds, expert_parallel=ds.expert_parallel.model_copy(update={"combine_impl": "fused_weighted_sum"}))
 
 
 def layout_of(stage: int, ep: int) -> DsConfig:

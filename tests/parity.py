@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,37 +63,6 @@ def rows(count: int, seed: int = 0, vocab: int = 64) -> list[dict[str, list[int]
     return [{"input_ids": [rng.randrange(3, vocab) for _ in range(rng.randrange(6, 25))]} for _ in range(count)]
 
 
-def fresh_accelerate() -> None:
-    """Forget the last case's accelerate, HF-DeepSpeed, tensor- and sequence-parallel state; the process group stays."""
-    import sys
-
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO")]:  # left by --torch_compile
-        del os.environ[name]
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
-    unset_hf_deepspeed_config()
-    # A run with tensor parallelism leaves itself in these globals, and the next engine would be one too.
-    if "deepspeed" in sys.modules:
-        from deepspeed.module_inject.layers import set_autotp_mode
-        from deepspeed.runtime.sequence_parallel import parallel_state_sp
-        from deepspeed.runtime.tensor_parallel import init_utils
-        from deepspeed.utils import groups
-
-        init_utils._TP_MODEL_INIT_ARGS = None
-        set_autotp_mode(training=False)
-        for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "mesh_device"):
-            setattr(groups, name, None)
-        groups.mpu = None
-        parallel_state_sp._release_sequence_parallel_groups()
-        for kind, attend in list(ALL_ATTENTION_FUNCTIONS.items()):
-            ALL_ATTENTION_FUNCTIONS[kind] = getattr(attend, "alone", attend)
-
-
 def tokenizer() -> Any:
     """A tokenizer with one word per id; the rows are tokenised already, so only its special tokens matter."""
     from tokenizers import Tokenizer
@@ -119,6 +87,7 @@ def build_trainer(
 
     from moe_models.cpu import join_cpu_ranks
     from moe_models.moe_schema import Balance
+    from moe_models.process_state import forget_engines
     from moe_models.trainer import MoETrainer
 
     class RecordingTrainer(trainer_class or MoETrainer):  # type: ignore[misc]
@@ -127,7 +96,7 @@ def build_trainer(
             self.batches.append({k: inputs[k].tolist() for k in kept if k in inputs})
             return super().training_step(model, inputs, *args, **kwargs)
 
-    fresh_accelerate()
+    forget_engines()
     config = copy.deepcopy(config)
     moe = config.pop("moe", None)
     args = SFTConfig(

@@ -228,9 +228,9 @@ def start_in_cluster(arguments: list[str], from_scratch: bool = False) -> tuple[
 
     ``from_scratch`` is recipes/pretrain.py.
     """
-    from tests.parity import fresh_accelerate
+    from moe_models.process_state import forget_engines
 
-    fresh_accelerate()
+    forget_engines()
     script = runpy.run_path(str(SCRIPT), run_name="recipe")
     kind, make_model = script["FROM_CHECKPOINT"], script["read_model"]
     if from_scratch:

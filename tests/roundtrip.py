@@ -74,8 +74,9 @@ def make_engine(
     from transformers.integrations import HfDeepSpeedConfig
 
     from moe_models.autoep import register_presets, restore_rotary_buffers
+    from moe_models.process_state import forget_engines
 
-    parity.fresh_accelerate()
+    forget_engines()
     config: dict[str, Any] = {
         "zero_optimization": {"stage": stage, **zero},
         "train_micro_batch_size_per_gpu": 1,

@@ -18,7 +18,7 @@ import torch
 
 from moe_models import collectives
 from moe_models.errors import UserError
-from moe_models.flops import train_flops_per_token
+from moe_models.flops import train_flops
 from moe_models.sizes import model_sizes
 from tests.cluster import Cluster
 from tests.parity import ds_config
@@ -110,7 +110,7 @@ def clip_on_two_ranks() -> tuple[float, float]:
     rank = torch.distributed.get_rank()
     parameter = torch.nn.Parameter(torch.zeros(3))
     parameter.grad = torch.tensor([3.0, 0.0, 0.0]) if rank == 0 else torch.tensor([0.0, 4.0, 0.0])
-    norm = recipe("bench_loops").clip_shards([parameter], 1.0)
+    norm = recipe("bench_baselines").clip_shards([parameter], 1.0)
     return float(norm), float(parameter.grad.norm())
 
 
@@ -134,7 +134,7 @@ def test_flops_equal_those_that_torch_counts(model_type: str) -> None:
     sizes = model_sizes(config)
     halved = 6 * sizes.layers * sizes.heads * (sizes.head_dim + sizes.value_dim) * 16 / 2
     # Eager attention computes the masked half too.
-    assert counter.get_total_flops() / ids.numel() == pytest.approx(train_flops_per_token(sizes, 16) + halved, rel=1e-9)
+    assert counter.get_total_flops() / ids.numel() == pytest.approx(sum(train_flops(sizes, 16)) + halved, rel=1e-9)
 
 
 def test_overlapping_spans_count_once() -> None:
@@ -195,7 +195,7 @@ def test_table_and_json_say_the_same(tmp_path: Path) -> None:
     assert ours["tokens_per_second_per_gpu"] == pytest.approx(2000)
     assert ours["tokens_per_step"] == 400
     assert ours["vs_baselines"] == pytest.approx(1.25)  # over the faster baseline
-    assert ours["mfu"] == pytest.approx(2000 * train_flops_per_token(model_sizes(CONFIG), 100) / 2e9)
+    assert ours["mfu"] == pytest.approx(2000 * sum(train_flops(model_sizes(CONFIG), 100)) / 2e9)
     assert shown["ours"][6] == "3.0 / 4.0"
     assert (tmp_path / "bench.png").stat().st_size > 1000
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moe_models.devices import DEVICES_FILE, Link, device_names, interpolate, read_device
+from moe_models.devices import DEVICES_FILE, Link, device_names, interpolate, link_gb_per_s, read_device
 from moe_models.errors import UserError
 
 PAGE = Path(__file__).parents[1] / "docs" / "calibration.md"
@@ -80,7 +80,7 @@ def test_seconds() -> None:
         ({"grouped_matmul_efficiency": 1.2}, "grouped_matmul_efficiency = 1.2: must be a share of at most 1"),
         ({"grouped_matmul_efficiency": [[2, 0.5], [1, 0.4]]}, "must be a share of at most 1, or ascending"),
         ({"node": 5}, "node = 5: must be an object"),
-        ({"node": {"broadcast": 5}}, "node.broadcast = 5: unknown key; allowed: all_to_all, all_reduce"),
+        ({"node": {"broadcast": 5}}, "node.broadcast = 5: unknown key; allowed: all_to_all, all_reduce, all_gather"),
         ({"network": {"all_reduce": {"gb_per_s": 5}}}, 'must be {"gb_per_s": , "latency_us": } or ascending'),
         ({"measured": 3}, "measured = 3: must say in one line when, where and how"),
     ],
@@ -97,3 +97,9 @@ def test_refused(tmp_path: Path, figures: dict[str, Any], line: str) -> None:
 def test_unknown_device() -> None:
     with pytest.raises(UserError, match=r"--device h100: unknown; one of a100-40g, a100-80g, b200, h100-80g, h200"):
         read_device("h100")
+
+
+def test_links_of_the_names_that_drivers_give() -> None:
+    """As torch.cuda.get_device_name says them."""
+    names = ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L40S", "cpu")
+    assert [link_gb_per_s(name) for name in names] == [450, 300, 450, None, None, None]

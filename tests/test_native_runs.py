@@ -174,8 +174,9 @@ def unequal_runs(source: str, layer: dict[str, Any], agree: bool = True) -> list
     from moe_models import native
     from moe_models.families import FAMILIES
     from moe_models.moe_schema import MoeLayer
+    from moe_models.process_state import forget_engines
 
-    parity.fresh_accelerate()
+    forget_engines()
     model = AutoModelForCausalLM.from_pretrained(source)
     for router in (m for m in model.modules() if type(m).__name__.endswith("TopKRouter")):
         with torch.no_grad():  # two experts' logits are each other's negative: one of them is always positive

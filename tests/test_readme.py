@@ -58,6 +58,8 @@ def shrink(command: str) -> str:
         "zero1_ep8.json": "zero1_ep2.json",
         "checkpoint-500": "checkpoint-2",
         "--seq_length 4096": "--seq_length 32",
+        "--num_gpus 8": "--num_gpus 2",
+        "./run.sh bench": "./run.sh bench --seq_length 32 --micro_batch 1 --steps 1 --warmup 1 --profile_steps 0",
         "./run.sh check": "./run.sh check --max_length 32",  # what the tiny model can take
         "./run.sh finetune": f"./run.sh finetune --max_steps {4 if 'resume' in command else 2} --save_steps 2 "
         "--max_length 32 --logging_steps 1 --report_to none",
