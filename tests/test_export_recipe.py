@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from moe_models.errors import UserError
 from recipes.export import main as export_main
 from tests import export_stress, roundtrip
 from tests.cluster import Cluster
@@ -155,3 +157,29 @@ def test_memory_of_the_live_export(stage: int, clusters: Clusters, tmp_path: Pat
     stacked = 8 * 512 * 256 * 2
     assert writer < 2 * stacked + 5 * MB + 4 * MB, (writer, other)
     assert other < stacked + 4 * MB, (writer, other)
+
+
+class _ByGetattr:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an enum, whichever Python runs this."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.what = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.what
+
+
+def test_an_enum_that_python_3_11_2_wrote(tmp_path: Path) -> None:
+    """Its members come back; any other attribute is code, and refused."""
+    import torch
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from moe_models.checkpoint_folder import load_states
+
+    torch.save({"zero_stage": _ByGetattr(ZeroStageEnum, "weights")}, tmp_path / "states.pt")
+    assert load_states(tmp_path / "states.pt") == {"zero_stage": ZeroStageEnum.weights}
+    torch.save({"zero_stage": _ByGetattr(ZeroStageEnum, "mro")}, tmp_path / "other.pt")
+    torch.save({"zero_stage": _ByGetattr(torch.Tensor, "numpy")}, tmp_path / "code.pt")
+    for name in ("other.pt", "code.pt"):
+        with pytest.raises(UserError, match="cannot be read as plain tensors"):
+            load_states(tmp_path / name)
