@@ -15,7 +15,6 @@ from moe_models.states import StateBytes, expert_groups, overlaps
 from tests.cluster import Cluster
 from tests.layouts import CUT, FINE, MIXTRAL_8X7B, from_raw, layout_of, work
 from tests.live_memory import peak_of_a_step
-from tests.parity import daily
 
 TOY: dict[str, Any] = {
     "model_type": "mixtral", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
@@ -55,7 +54,8 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("stage", "ep", "accumulation", "recompute"), daily(CASES, {0, 1, 2}))
+@pytest.mark.conformance  # on busy cores a bucket that is still being sent is now and then counted too
+@pytest.mark.parametrize(("stage", "ep", "accumulation", "recompute"), CASES)
 def test_live_step(
     stage: int, ep: int | None, accumulation: int, recompute: bool, clusters: Callable[[int], Cluster]
 ) -> None:
