@@ -47,13 +47,14 @@ def split_dimension(parameter: torch.Tensor) -> int | None:
 
 def own_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """What of ``whole`` this rank's ``parameter`` holds: all of it, or the shard that AutoTP gave this peer."""
-    mark = getattr(parameter, _PARAMETER_MARK, None)
-    if not mark or not mark["partition_sizes"]:
+    dimension = split_dimension(parameter)
+    if dimension is None:
         return whole
     from deepspeed.utils import groups
 
-    sizes, peer = list(mark["partition_sizes"]), groups.get_tensor_model_parallel_rank()
-    return whole.narrow(mark["partition_dim"], sum(sizes[:peer]), sizes[peer])
+    sizes = list(getattr(parameter, _PARAMETER_MARK)["partition_sizes"])
+    peer = groups.get_tensor_model_parallel_rank()
+    return whole.narrow(dimension, sum(sizes[:peer]), sizes[peer])
 
 
 def join_on_rank_0(shard: torch.Tensor, dimension: int) -> torch.Tensor | None:

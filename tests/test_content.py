@@ -50,7 +50,7 @@ def idle_experts(folder: Path, idle: tuple[int, ...]) -> Path:
     generator = torch.Generator().manual_seed(0)
     for name, tensor in tensors.items():
         if name.endswith("block_sparse_moe.gate.weight"):
-            directions = 2 * torch.randn(2, tensor.shape[1], generator=generator)
+            directions = torch.randn(2, tensor.shape[1], generator=generator)
             tensor.zero_()
             tensor[busy] = torch.stack([directions[0], -directions[0], directions[1], -directions[1]])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -91,10 +91,7 @@ def test_experts_that_get_no_token(
     """A rank whose experts are idle for whole steps takes part in every collective, and the others do not wait."""
     source = idle_experts(tmp_path / "model", idle)
     config = parity.ds_config(stage, 2)
-    # The bent router is so sure of itself that rounding moves the norm by up to 1.1e-5 here, ten times as much as else.
-    ours = check_case(
-        clusters(2), references, source, tmp_path / "out", config, 1, norm_tolerance=5e-5, timeout=60
-    )  # fmt: skip
+    ours = check_case(clusters(2), references, source, tmp_path / "out", config, 1, timeout=60)
     counts = tokens_per_expert(source, ours["batches"])
     assert [expert for expert in range(8) if counts[expert] == 0] == sorted(idle), counts
     # The router learns; five steps may bring single tokens over.

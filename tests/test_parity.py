@@ -59,7 +59,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[s
 
 def check_case(
     cluster: Cluster, references: Callable[..., Any], source: Path, out: Path, config: dict, accumulation: int,
-    run: Callable[..., Any] = parity.train_case, norm_tolerance: float = NORM_TOLERANCE, **options: Any
+    run: Callable[..., Any] = parity.train_case, **options: Any
 ) -> dict[str, Any]:  # fmt: skip
     """Train on the ranks and in one process, compare, and return what rank 0 saw."""
     results = cluster.run(run, str(source), str(out), config, accumulation, **options)
@@ -77,7 +77,7 @@ def check_case(
         "gradient norm": relative(ours["grad_norm"], expected["grad_norm"]),
     }
     assert found["loss"] < LOSS_TOLERANCE
-    assert found["gradient norm"] < norm_tolerance
+    assert found["gradient norm"] < NORM_TOLERANCE
     if expected["aux_loss"][0] is not None:
         found["auxiliary loss"] = relative(ours["aux_loss"], expected["aux_loss"])
         assert found["auxiliary loss"] < LOSS_TOLERANCE
