@@ -11,6 +11,7 @@ and accelerate. What is added here, and why:
 - After ``deepspeed.initialize`` the AutoEP blocks are counted.
 - A checkpoint of another layout can be resumed (``moe_models/relayout.py``).
 - Native layers (``moe_models/native.py``): their own balancing loss joins the loss, and their drop rate is logged.
+- Metrics are read from the device when they are logged, not in every micro-batch (``moe_models/deferred.py``).
 - The load of the experts is logged with the loss, and balanced as ``"moe": {"balance": ...}`` says.
 """
 
@@ -32,6 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from moe_models.autoep import check_replaced, register_presets, restore_rotary_buffers
 from moe_models.checkpoint import export
 from moe_models.checkpoint_engine import EngineSource, is_writer
+from moe_models.deferred import Deferred, DeferredTrainer
 from moe_models.families import FAMILIES, Family
 from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.inputs import LAYOUT_FILE
@@ -56,7 +58,7 @@ class TrainingStoppedError(RuntimeError):
     """The run ended itself to protect what it had; the message says why and what to do."""
 
 
-class MoETrainer(UlyssesTrainer):
+class MoETrainer(DeferredTrainer, UlyssesTrainer):
     """SFTTrainer for HF MoE models under DeepSpeed; takes the same arguments.
 
     Raises:
@@ -164,7 +166,9 @@ class MoETrainer(UlyssesTrainer):
         with record_aux_losses(self.native) as recorded:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         aux_loss = mean_aux_loss(recorded, self.native)
-        self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
+        self._metrics["train"]["aux_loss"].append(
+            self.accelerator.gather(aux_loss.detach()).mean().as_subclass(Deferred)
+        )
         return loss + self.router_aux_loss_coef * aux_loss / steps
 
     # --- finite or stop

@@ -19,7 +19,7 @@ A ds_config runs through MoETrainer as users run it; baselines by name:
     transformers_ep  transformers' own expert parallelism (FSDP2)
     bare:FILE.json   a bare deepspeed.initialize loop with that JSON
 
-`+liger`, `+checkpointing` and `+KEY.KEY=VALUE` of the JSON change a layout. Weights are random, also with
+`+liger`, `+checkpointing`, `+compile` and `+KEY.KEY=VALUE` of the JSON change a layout. Weights are random, also with
 --model_name_or_path, of which only config.json is read: routers then route near uniformly, and `expert load` says how
 near. Timed are the ends of optimizer steps, clipping and all; the profile is of further steps. Exit code 1 says that a
 row has no figures; the others do.
@@ -166,6 +166,7 @@ def make_jobs(
                     "ep_size": layout.ep_size,
                     "liger": layout.liger,
                     "checkpointing": layout.checkpointing,
+                    "compile": layout.compile,
                     "micro_batch": micro_batch,
                     "accumulation": accumulation,
                     "model_config": model_config,
@@ -187,7 +188,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Run all jobs, in as few starts of the launcher as they allow; returns a row for each."""
     rows: dict[int, dict[str, Any]] = {}
-    keys = ("row", "name", "kind", "micro_batch", "accumulation", "seq_length", "ep_size", "liger", "checkpointing")
+    keys = ("row", "name", "kind", "micro_batch", "accumulation", "seq_length", "ep_size", "liger", "checkpointing", "compile")
 
     def add(job: dict[str, Any], figures: dict[str, Any]) -> None:
         rows[job["row"]] = {**{key: job[key] for key in keys}, **figures}

@@ -1,7 +1,8 @@
 """What recipes/bench.py is asked to compare: layouts, read from the command line into rows to be measured.
 
 A layout is a ds_config, which runs through MoETrainer as in recipes/finetune.py, or one of :data:`BASELINES`. After
-`+` stand changes to it: `liger` and `checkpointing`, or one value of the JSON by its dotted name. All of them combine:
+`+` stand changes to it: `liger`, `checkpointing` and `compile` (`--torch_compile`, with AutoEP around its layers), or one
+value of the JSON by its dotted name. All of them combine:
 
     ds_configs/zero1_ep2.json+liger+expert_parallel.gate_up_impl=fused
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_models.compiled import compile_problems
 from moe_models.config import DsConfig, load_ds_config, read_json
 from moe_models.errors import UserError
 from moe_models.families import FAMILIES, moe_blocks
@@ -30,7 +32,7 @@ BASELINES = {
 }
 """Layouts that have a name instead of a file."""
 
-CHANGES = ("liger", "checkpointing")
+CHANGES = ("liger", "checkpointing", "compile")
 _STOCK: dict[str, Any] = {
     "zero_optimization": {"stage": 1},
     "bf16": {"enabled": True},
@@ -54,6 +56,7 @@ class BenchLayout:
     ep_size: int
     liger: bool = False
     checkpointing: bool = False
+    compile: bool = False
 
 
 def read_layouts(
@@ -79,15 +82,16 @@ def _read(word: str, model_config: Mapping[str, Any], world_size: int, scratch: 
     unknown = [change for change in flags if change not in CHANGES]
     if unknown:
         raise UserError(f"{word}: +{unknown[0]}: must be one of {', '.join(CHANGES)}, or KEY.KEY=VALUE of the JSON")
-    switches = {"liger": "liger" in flags, "checkpointing": "checkpointing" in flags}
+    switches = {change: change in flags for change in CHANGES}
     source = base.removeprefix("bare:")
     raw = _json_of(source, model_config, world_size)
     name = "+".join([("bare:" if base.startswith("bare:") else "") + Path(source).stem, *changes])
     kind = "trainer" if base.endswith(".json") and base == source else "bare"
     if base == "transformers_ep":
         kind = base
-    if kind != "trainer" and "liger" in flags:
-        raise UserError(f"{word}: +liger: is TRL's flag; take it with a ds_config, without bare:")
+    for flag in ("liger", "compile"):
+        if kind != "trainer" and flag in flags:
+            raise UserError(f"{word}: +{flag}: is a flag of the Trainer; take it with a ds_config, without bare:")
     if raw is None:
         if len(flags) < len(changes):
             raise UserError(f"{word}: transformers_ep has no JSON to change")
@@ -97,6 +101,8 @@ def _read(word: str, model_config: Mapping[str, Any], world_size: int, scratch: 
     for change in changes:
         if "=" in change:
             _set(raw, change, word)
+    if switches["compile"] and "expert_parallel" in raw:
+        _set(raw, "compile.autoep_non_moe=true", word)
     path = scratch / f"{name.replace('/', '_').replace(':', '_')}.json"
     path.write_text(json.dumps(raw, indent=2))
     try:
@@ -104,6 +110,7 @@ def _read(word: str, model_config: Mapping[str, Any], world_size: int, scratch: 
     except UserError as error:  # it names the changed copy; the user wrote `word`
         raise UserError(problem.replace(f"{path}: ", f"{word}: ") for problem in error.problems) from error
     problems = check_run(ds, model_config, world_size) + _not_here(ds, kind)
+    problems += compile_problems(ds, switches["compile"])
     if problems:
         raise UserError(f"{word}: {problem}" for problem in problems)
     return BenchLayout(name=name, kind=kind, json=raw, ep_size=ds.ep_size, **switches)

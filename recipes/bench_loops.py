@@ -82,6 +82,7 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
             max_length=job["seq_length"],
             gradient_checkpointing=job["checkpointing"],
             use_liger_kernel=job["liger"],
+            torch_compile=job["compile"],
             bf16=on_gpu and ds.precision == "bf16",
             fp16=on_gpu and ds.precision == "fp16",
             seed=job["seed"],
