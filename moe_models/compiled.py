@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from moe_models.config import DsConfig
 
 
-def compile_problems(ds: DsConfig, torch_compile: bool) -> Iterator[str]:
-    """What ``--torch_compile`` cannot do with this ds_config, and its ``"compile"`` section not without the flag."""
+def compile_problems(ds: DsConfig, torch_compile: bool, liger: bool = False) -> Iterator[str]:
+    """What ``--torch_compile`` cannot do with this ds_config or with Liger's kernels, and its ``"compile"`` section not
+    without the flag."""
     around = bool(ds.raw.get("compile", {}).get("autoep_non_moe"))
     if around and not torch_compile:
         yield "compile.autoep_non_moe = true: does nothing without --torch_compile; add the flag, or remove the key"
@@ -16,6 +17,11 @@ def compile_problems(ds: DsConfig, torch_compile: bool) -> Iterator[str]:
         yield "compile.autoep_non_moe = true: there are no AutoEP layers without expert_parallel; remove the key"
     if not torch_compile:
         return
+    if liger:
+        yield (
+            "--torch_compile with --use_liger_kernel: the compiler gets the shapes of Liger's norms wrong, and the "
+            "first forward pass fails (liger-kernel 0.8.5, torch 2.11); drop one of them"
+        )
     if ds.zero_stage == 3:
         yield (
             "--torch_compile with ZeRO stage 3: weights are freed while the compiled backward pass still holds them, "

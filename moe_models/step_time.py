@@ -28,10 +28,10 @@ GROUPED_SHARE, GROUPED_ROWS = 0.95, 170
 (``benchmarks/alltoall.md``); a calibration replaces both."""
 IN_STEP = 0.86
 """Of that share, inside of a training step."""
-NORM_BYTES = {False: 165, True: 25}
+NORM_BYTES = {False: 165, True: 24}
 """For each element that passes an RMSNorm (with the residual sum beside it) or RoPE, forward and backward; eager
 (False) and Liger's kernels (True)."""
-ROW_BYTES = {"bf16": 80, "fp32": 150, "fused": 70}
+ROW_BYTES = {"bf16": 80, "fp32": 150, "fused": 68}
 """For each element of a routed row [D]: gather, permute, un-permute, weigh and sum, forward and backward. Plain blocks
 weigh in the dtype of the router's scores (``Family.fp32_scores``), AutoEP always weighs an fp32 copy, unless
 ``combine_impl`` says ``fused_weighted_sum``: one kernel without copies."""
@@ -40,14 +40,17 @@ INNER_BYTES = {False: 54, True: 26}
 kernels that read strided halves of one tensor (False), AutoEP's single kernel (True)."""
 LOGIT_BYTES = {False: 60, True: 14}
 """For each logit; with all logits at once (False) and tile by tile (True)."""
-ADAM_BYTES = 115
-"""For each parameter a rank updates: norm in fp64, flat copies, fp32 gradient, AdamW's reads and writes."""
-LAYER_SECONDS = {False: 1.5e-3, True: 2.6e-3}
+ADAM_BYTES, CHECK_BYTES = 110, 14
+"""For each parameter a rank updates: norm in fp64, flat copies, fp32 gradient, AdamW's reads and writes; and what
+``bf16.check_grad_overflow`` reads before them."""
+LAYER_SECONDS = {False: 1.5e-3, True: 1.85e-3}
 """One decoder layer, forward and backward, in which the GPU has nothing to do: plain, and with AutoEP (True), whose
 layers read split sizes back to the host before they go on."""
-HOST_SECONDS = 20e-3
-"""What Python needs for one layer, forward and backward, under ZeRO-3, whose hooks fetch and release each module: a
-step takes no less, whatever the GPU does meanwhile."""
+TIMER_SECONDS = 2.2e-3
+"""In each forward and backward pass: DeepSpeed's throughput timer waits for the GPU before and after."""
+HOST_SECONDS = {"AutoEP": 12.5e-3, "AutoEP, Liger": 11e-3, "ZeRO-3": 20e-3}
+"""What Python needs for one layer, forward and backward, with AutoEP (Liger's kernels are fewer) and under ZeRO-3, whose
+hooks fetch and release each module: a step takes no less, whatever the GPU does meanwhile. Hosts differ by a fifth."""
 SHARD_BYTES = 13
 """Moved in the GPU's memory for each parameter in each forward and backward pass under ZeRO-3: gradients divided,
 flattened and added to the partition, gathered weights put together."""
@@ -108,8 +111,11 @@ def step_time(
         exposed += work.accumulation * sharded * SHARD_BYTES / (device.memory_gb_per_s * 1e9)
     exposed += max(STEAL * hidden, hidden - compute)
     if ds.zero_stage == 3:
-        host = again * HOST_SECONDS * sizes.layers * work.accumulation
+        host = again * HOST_SECONDS["ZeRO-3"] * sizes.layers * work.accumulation
         exposed = max(exposed, host - compute - exchanged)
+    elif spread:
+        host = again * HOST_SECONDS["AutoEP, Liger" if liger else "AutoEP"] * sizes.layers * work.accumulation
+        compute = max(compute, host - exchanged)
     return StepTime(
         compute=compute,
         all_to_all=exchanged,
@@ -138,7 +144,9 @@ def _compute(
     group = layout.ep_size if spread else 1
     each = rows * group / sizes.num_experts  # rows of one expert in one call
     rate = device.matmul_tflops * 1e12
-    seconds: float = again * tokens * dense / layout.tp_size / (rate * MATMUL_SHARE)
+    timer = ds.raw.get("timers", {}).get("throughput", {})
+    seconds: float = TIMER_SECONDS if timer.get("enabled", True) and timer.get("synchronized", True) else 0.0
+    seconds += again * tokens * dense / layout.tp_size / (rate * MATMUL_SHARE)
     seconds += again * load * tokens * experts / layout.tp_size / (rate * grouped_share(device, each))
     moved: float = tokens * _normed(sizes) * NORM_BYTES[liger]
     fused = ds.expert_parallel is not None and ds.expert_parallel.combine_impl == "fused_weighted_sum"
@@ -215,7 +223,9 @@ def _calls(flow: Flow, ds: DsConfig, sizes: ModelSizes, work: Work) -> int:
 
 def _optimizer(ds: DsConfig, states: StateBytes, device: Device, work: Work) -> float:
     if "optimizer" not in offloaded(ds):
-        return states.partition * ADAM_BYTES / (device.memory_gb_per_s * 1e9)
+        checked = ds.zero_stage < 3 and ds.raw.get("bf16", {}).get("check_grad_overflow", True)
+        moved = states.partition * (ADAM_BYTES + checked * CHECK_BYTES)
+        return moved / (device.memory_gb_per_s * 1e9)
     backs = work.accumulation if states.stage > 1 else 1
     moved = states.partition * BF16 * (backs + (0 if "weights" in offloaded(ds) else 1))
     on_host = states.partition / (device.host_adam_gparams_per_s * 1e9)

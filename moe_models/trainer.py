@@ -11,7 +11,6 @@ and accelerate. What is added here, and why:
 - After ``deepspeed.initialize`` the AutoEP blocks are counted.
 - A checkpoint of another layout can be resumed (``moe_models/relayout.py``).
 - Native layers (``moe_models/native.py``): their own balancing loss joins the loss, and their drop rate is logged.
-- Metrics are read from the device when they are logged, not in every micro-batch (``moe_models/deferred.py``).
 - The load of the experts is logged with the loss, and balanced as ``"moe": {"balance": ...}`` says.
 """
 
@@ -33,8 +32,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from moe_models.autoep import check_replaced, register_presets, restore_rotary_buffers
 from moe_models.checkpoint import export
 from moe_models.checkpoint_engine import EngineSource, is_writer
-from moe_models.deferred import Deferred, DeferredTrainer
 from moe_models.families import FAMILIES, Family
+from moe_models.flops import train_flops
 from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.inputs import LAYOUT_FILE
 from moe_models.moe_schema import Balance
@@ -43,6 +42,7 @@ from moe_models.preflight import reentrant_problems
 from moe_models.proof import ExportProof, prove_folder, record_logits
 from moe_models.relayout import any_layout, describe_engine
 from moe_models.routing import Routing
+from moe_models.sizes import model_sizes
 from moe_models.tp_shards import count_every_expert_in_the_norm
 from moe_models.ulysses import UlyssesTrainer
 from moe_models.weight_decay import decay_groups
@@ -58,7 +58,7 @@ class TrainingStoppedError(RuntimeError):
     """The run ended itself to protect what it had; the message says why and what to do."""
 
 
-class MoETrainer(DeferredTrainer, UlyssesTrainer):
+class MoETrainer(UlyssesTrainer):
     """SFTTrainer for HF MoE models under DeepSpeed; takes the same arguments.
 
     Raises:
@@ -103,6 +103,8 @@ class MoETrainer(DeferredTrainer, UlyssesTrainer):
         if balance is not None:  # ours instead of TRL's
             coefficient = coefficient if balance.aux_loss_coef is None else balance.aux_loss_coef
             self.aux_loss_enabled = model.config.output_router_logits = False
+        if self.family.model_type != "prmoe":
+            self._sizes = model_sizes(self.source_config.to_dict())
         self.routing = Routing(self.family, self.source_config.to_dict(), balance, coefficient)
         self.add_callback(self.routing)
         # HF would replace a NaN loss by the running average in its logs; here it must be seen.
@@ -166,10 +168,15 @@ class MoETrainer(DeferredTrainer, UlyssesTrainer):
         with record_aux_losses(self.native) as recorded:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         aux_loss = mean_aux_loss(recorded, self.native)
-        self._metrics["train"]["aux_loss"].append(
-            self.accelerator.gather(aux_loss.detach()).mean().as_subclass(Deferred)
-        )
+        self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         return loss + self.router_aux_loss_coef * aux_loss / steps
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """FLOP of a micro-batch by the experts that a token meets; HF counts them all, anew in each micro-batch."""
+        if self.family.model_type == "prmoe":
+            return int(super().floating_point_ops(inputs))
+        length, tokens = inputs["input_ids"].shape[-1], inputs["input_ids"].numel()
+        return int(tokens * sum(train_flops(self._sizes, length)))
 
     # --- finite or stop
 

@@ -248,7 +248,7 @@ def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str
     problems = []
     if ds is not None:
         wanted = bool(given.torch_compile or given.torch_compile_backend or given.torch_compile_mode)
-        problems += [*sequence_parallel_flags(given, ds), *compile_problems(ds, wanted)]
+        problems += [*sequence_parallel_flags(given, ds), *compile_problems(ds, wanted, given.use_liger_kernel)]
     if given.use_peft or given.load_in_4bit or given.load_in_8bit:
         problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
     if given.trust_remote_code:

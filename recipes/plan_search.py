@@ -100,8 +100,11 @@ def build(stage: int, ep: int, tp: int, sp: int, offload: Offload) -> DsConfig:
     if tp > 1:
         tensor = copy.deepcopy(_preset("zero1_ep2_tp2.json")["tensor_parallel"])
         raw["tensor_parallel"] = {**tensor, "autotp_size": tp}
+        raw.get("expert_parallel", {}).pop("combine_impl", None)  # AutoTP has no fused one
     if sp > 1:
         raw["sequence_parallel_size"] = sp
+    if offload:
+        raw["bf16"].pop("check_grad_overflow", None)  # is not read then
     for key in {"": (), "optimizer": ("offload_optimizer",)}.get(offload, ("offload_optimizer", "offload_param")):
         raw["zero_optimization"][key] = copy.deepcopy(_preset("zero3_ep8_offload.json")["zero_optimization"][key])
     return DsConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -24,14 +25,18 @@ __all__ = [
     "BENCHED",
     "CUT",
     "FINE",
+    "FIRST_CALL",
+    "LAST_CALL",
     "MEASURED",
     "MIXTRAL_8X7B",
     "ROOT",
+    "as_before",
     "from_raw",
     "fused",
     "layout_of",
     "plan",
     "plan_search",
+    "ran",
     "work",
 ]
 
@@ -72,8 +77,10 @@ MIXTRAL, FINEGRAINED = (
     json.loads((ROOT / "model_configs" / f"bench-{shape}.json").read_text()) for shape in ("mixtral", "finegrained")
 )
 # model, how it ran, sequences of 4096 in a micro-batch, load of the fullest expert over the mean, tokens/s/GPU, GiB
-# allocated. recipes/bench.py on 2 H200s of one node, the pinned versions, accumulation 4: benchmarks/speed.md.
-BENCHED: dict[str, tuple[dict[str, Any], str, int, float, float, float]] = {
+# allocated. recipes/bench.py on 2 H200s of one node, the pinned versions, accumulation 4: benchmarks/speed.md, the
+# first call, with the presets as they were, and the last one, with those of today.
+Row = tuple[dict[str, Any], str, int, float, float, float]
+FIRST_CALL: dict[str, Row] = {
     "mixtral trainer, 1": (MIXTRAL, "trainer", 1, 1.07, 32984, 57.1),
     "mixtral trainer, 4": (MIXTRAL, "trainer", 4, 1.05, 40420, 72.0),
     "mixtral bare, 1": (MIXTRAL, "bare", 1, 1.07, 34031, 57.4),
@@ -94,6 +101,47 @@ BENCHED: dict[str, tuple[dict[str, Any], str, int, float, float, float]] = {
     "fine Liger, 4": (FINEGRAINED, "Liger", 4, 3.13, 59970, 62.8),
     "fine fused combine, 4": (FINEGRAINED, "fused combine", 4, 3.13, 55286, 67.1),
 }
+LAST_CALL: dict[str, Row] = {
+    "mixtral trainer, 1": (MIXTRAL, "trainer", 1, 1.07, 33432, 57.1),
+    "mixtral trainer, 4": (MIXTRAL, "trainer", 4, 1.05, 41952, 72.0),
+    "mixtral bare, 1": (MIXTRAL, "bare", 1, 1.07, 34886, 57.4),
+    "mixtral bare, 4": (MIXTRAL, "bare", 4, 1.05, 42596, 72.9),
+    "mixtral stock, 1": (MIXTRAL, "stock", 1, 1.07, 33017, 53.4),
+    "mixtral stock, 4": (MIXTRAL, "stock", 4, 1.05, 40985, 72.4),
+    "mixtral Liger, 1": (MIXTRAL, "Liger", 1, 1.07, 34697, 56.6),
+    "mixtral Liger, 4": (MIXTRAL, "Liger", 4, 1.05, 45231, 70.0),
+    "fine trainer, 1": (FINEGRAINED, "trainer", 1, 5.18, 33882, 49.7),
+    "fine trainer, 4": (FINEGRAINED, "trainer", 4, 3.13, 56322, 67.1),
+    "fine bare, 1": (FINEGRAINED, "bare", 1, 5.19, 36190, 50.0),
+    "fine bare, 4": (FINEGRAINED, "bare", 4, 3.13, 57343, 69.5),
+    "fine ZeRO-3, 1": (FINEGRAINED, "ZeRO-3", 1, 5.19, 15709, 56.6),
+    "fine ZeRO-3, 4": (FINEGRAINED, "ZeRO-3", 4, 3.13, 53521, 79.7),
+    "fine stock, 1": (FINEGRAINED, "stock", 1, 5.18, 33153, 47.3),
+    "fine stock, 4": (FINEGRAINED, "stock", 4, 3.13, 48996, 69.7),
+    "fine Liger, 1": (FINEGRAINED, "Liger", 1, 5.18, 37600, 48.7),
+    "fine Liger, 4": (FINEGRAINED, "Liger", 4, 3.13, 71935, 62.8),
+}
+BENCHED = {f"first call, {name}": row for name, row in FIRST_CALL.items()} | {
+    f"last call, {name}": row for name, row in LAST_CALL.items()
+}
+
+
+def ran(name: str) -> DsConfig:
+    """The layout of a row of :data:`BENCHED`, with the switches that it had."""
+    how = BENCHED[name][1]
+    ds = layout_of(3, 1) if how == "ZeRO-3" else layout_of(1, 2)
+    if how not in ("ZeRO-3", "stock") and name.startswith("last call"):
+        return ds
+    return fused(as_before(ds)) if how == "fused combine" else as_before(ds)
+
+
+def as_before(ds: DsConfig) -> DsConfig:
+    """DeepSpeed's defaults for what the presets switch since the first call."""
+    raw = copy.deepcopy(ds.raw)
+    raw.pop("timers")
+    raw["bf16"].pop("check_grad_overflow", None)
+    raw.get("expert_parallel", {}).pop("combine_impl", None)
+    return from_raw(raw)
 
 
 def fused(ds: DsConfig) -> DsConfig:

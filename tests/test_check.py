@@ -155,7 +155,7 @@ def test_advice_about_tokens() -> None:
 
 def test_deepep_room(tmp_path: Path) -> None:
     raw = json.loads((FOLDER / "zero1_ep2.json").read_text())
-    raw["expert_parallel"] |= {"comm_backend": "deepep", "comm_max_tokens_per_rank": 4096}
+    raw["expert_parallel"] |= {"comm_backend": "deepep", "comm_max_tokens_per_rank": 4096, "combine_impl": "auto"}
     (tmp_path / "ds.json").write_text(json.dumps(raw))
     ds = load_ds_config(tmp_path / "ds.json")
     line = warnings_for_run(ds, MIXTRAL, 2, work=Work(micro_batch=8, length=1024))[0]

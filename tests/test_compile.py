@@ -83,3 +83,12 @@ def test_refused(config: dict[str, Any], flag: bool, words: str | None, tmp_path
     path.write_text(json.dumps(config))
     problems = list(compile_problems(load_ds_config(path), flag))
     assert problems == [] if words is None else len(problems) == 1 and problems[0].startswith(words)
+
+
+def test_refused_with_liger_s_kernels(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(parity.ds_config(1, 2, **AROUND)))
+    ds = load_ds_config(path)
+    (problem,) = compile_problems(ds, torch_compile=True, liger=True)
+    assert problem.startswith("--torch_compile with --use_liger_kernel: ")
+    assert not list(compile_problems(ds, torch_compile=True))

@@ -103,9 +103,11 @@ def test_only_the_layout_differs() -> None:
         raw.pop("moe", None)
         raw.pop("tensor_parallel", None)
         raw.pop("sequence_parallel_size", None)
+        unchecked = raw["bf16"].pop("check_grad_overflow", None)
         stage = raw.pop("zero_optimization")
         offload = [key for key in ("offload_optimizer", "offload_param") if stage.pop(key, None)]
         assert bool(offload) == ("_offload" in path.stem)
+        assert unchecked == (False if stage["stage"] < 3 and not offload else None)  # read there only
         rest.append(json.dumps(raw))  # order too: a diff of two files shows the layout only
         plain = read_json(FOLDER / f"zero{stage['stage']}{'_ep2' if stage['stage'] < 3 else ''}.json")
         assert stage == plain["zero_optimization"]
@@ -129,10 +131,15 @@ def test_deepspeed_accepts_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_cpu_changes_two_values_and_no_layout(path: Path) -> None:
+def test_cpu_changes_kernels_and_precision_and_no_layout(path: Path) -> None:
     ds = load_ds_config(path)
     adapted, lines = adapt_for_cpu(ds.deepspeed)
-    assert len(lines) == 2
+    changed = ["bf16.enabled", "optimizer.params.torch_adam"]
+    if ds.expert_parallel is not None and ds.tp_size == 1:
+        changed.append("expert_parallel.combine_impl")
+        assert adapted["expert_parallel"].pop("combine_impl") == "auto"
+        assert ds.deepspeed["expert_parallel"].pop("combine_impl") == "fused_weighted_sum"
+    assert [line.split()[1] for line in lines] == changed
     for section in ("expert_parallel", "tensor_parallel", "zero_optimization"):
         assert adapted.get(section) == ds.deepspeed.get(section)
 
@@ -154,7 +161,8 @@ def test_fp16_in_the_place_of_bf16(path: Path, tmp_path: Path) -> None:
         assert check_run(ds, MIXTRAL, 2 * ds.ep_size) == []
         adapted, lines = adapt_for_cpu(ds.deepspeed)
         assert not adapted["fp16"]["enabled"]
-        assert len(lines) == 1 + len(sections)
+        fused = ds.expert_parallel is not None and ds.tp_size == 1
+        assert len(lines) == 1 + len(sections) + fused
     raw.pop("moe", None)
     config = runtime.DeepSpeedConfig(fill_autos({**raw, "fp16": {"enabled": True}}))
     assert config.float16_config.enabled
