@@ -49,8 +49,9 @@ layers read split sizes back to the host before they go on."""
 TIMER_SECONDS = 2.2e-3
 """In each forward and backward pass: DeepSpeed's throughput timer waits for the GPU before and after."""
 HOST_SECONDS = {"AutoEP": 12.5e-3, "AutoEP, Liger": 11e-3, "ZeRO-3": 20e-3}
-"""What Python needs for one layer, forward and backward, with AutoEP (Liger's kernels are fewer) and under ZeRO-3, whose
-hooks fetch and release each module: a step takes no less, whatever the GPU does meanwhile. Hosts differ by a fifth."""
+"""What Python needs for one layer, forward and backward, with AutoEP (Liger's kernels are fewer) and under ZeRO-3,
+whose hooks fetch and release each module: a step takes no less, whatever the GPU does meanwhile. Hosts differ by a
+fifth."""
 SHARD_BYTES = 13
 """Moved in the GPU's memory for each parameter in each forward and backward pass under ZeRO-3: gradients divided,
 flattened and added to the partition, gathered weights put together."""

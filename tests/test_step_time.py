@@ -32,8 +32,8 @@ def benched(name: str, device: Device = H200) -> tuple[Prediction, float, float]
 
 
 def within(name: str) -> float:
-    """How far off the time may be. Where the host's Python is the limit, hosts differ: this row took 0.71 s a step on one
-    and 1.04 s on another."""
+    """How far off the time may be. Where the host's Python is the limit, hosts differ: this row took 0.71 s a step on
+    one and 1.04 s on another."""
     if "fine ZeRO-3" in name and name.endswith(", 1"):
         return 0.50
     return 0.07
