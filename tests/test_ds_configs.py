@@ -59,6 +59,7 @@ def test_readme_values() -> None:
     zero3, zero1 = read_json(FOLDER / "zero3.json"), read_json(FOLDER / "zero1_ep8.json")
     why = text.split("## Why these values")[1].split("Left out on purpose")[0]
     known = {**zero3["zero_optimization"], **zero1["zero_optimization"], **zero3["optimizer"], **zero3}
+    known |= zero1["expert_parallel"] | {f"bf16.{key}": value for key, value in zero1["bf16"].items()}
     for key in re.findall(r"^- `(.+?)`|`(stage3_\w+)`", why, re.M):
         assert next(filter(None, key)) in known
     assert "2e8" in text
