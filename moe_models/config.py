@@ -147,7 +147,7 @@ def load_ds_config(path: str | Path) -> DsConfig:
     return DsConfig(
         path=path,
         raw=raw,
-        deepspeed={key: copy.deepcopy(value) for key, value in raw.items() if key != "moe"},
+        deepspeed=_without_own_autos({key: copy.deepcopy(value) for key, value in raw.items() if key != "moe"}),
         expert_parallel=expert_parallel if expert_parallel and expert_parallel.enabled else None,
         moe=moe,
         zero_stage=int(getattr(sections.get("zero_optimization"), "stage", 0)),
@@ -155,6 +155,14 @@ def load_ds_config(path: str | Path) -> DsConfig:
         sp_size=raw.get("sequence_parallel_size", 1),
         precision=precision,
     )
+
+
+def _without_own_autos(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out AutoEP's own "auto", its default: accelerate 1.15.0 takes each for one to be filled in, and fails."""
+    experts = deepspeed.get("expert_parallel", {})
+    for key in [key for key, value in experts.items() if value == "auto"]:
+        del experts[key]
+    return deepspeed
 
 
 def _is_object(raw: Mapping[str, Any], name: str) -> bool:
@@ -278,6 +286,7 @@ def adapt_for_cpu(deepspeed: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     ):
         if experts.get(key) == cuda:
             change(experts, "expert_parallel.", key, cpu, "CUDA only")
+    _without_own_autos(config)
     if config.get("compile", {}).get("deepcompile"):
         change(config["compile"], "compile.", "deepcompile", False, "CUDA only")
     return config, lines

@@ -371,7 +371,17 @@ def test_adapt_says_each_change() -> None:
         "cpu: compile.deepcompile true -> false",
     ]
     assert all(line.endswith(")") for line in lines)
+    assert adapted["expert_parallel"] == {"comm_backend": "comm", "async_split_plan": False}
     assert adapt_for_cpu(adapted) == (adapted, [])
+
+
+def test_autoep_s_own_auto_does_not_reach_accelerate(tmp_path: Path) -> None:
+    """accelerate fails on an "auto" that nobody fills; every field of AutoEP that takes it has it as its default."""
+    takes = {name: f.default for name, f in ExpertParallel.model_fields.items() if "auto" in str(f.annotation)}
+    assert set(takes.values()) == {"auto"}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"expert_parallel": {"enabled": True, "autoep_size": 2, **takes}}))
+    assert load_ds_config(path).deepspeed["expert_parallel"] == {"enabled": True, "autoep_size": 2}
 
 
 def test_adapt_refuses_an_optimizer_without_cpu_version() -> None:

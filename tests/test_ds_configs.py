@@ -138,7 +138,7 @@ def test_cpu_changes_kernels_and_precision_and_no_layout(path: Path) -> None:
     changed = ["bf16.enabled", "optimizer.params.torch_adam"]
     if ds.expert_parallel is not None and ds.tp_size == 1:
         changed.append("expert_parallel.combine_impl")
-        assert adapted["expert_parallel"].pop("combine_impl") == "auto"
+        assert "combine_impl" not in adapted["expert_parallel"]
         assert ds.deepspeed["expert_parallel"].pop("combine_impl") == "fused_weighted_sum"
     assert [line.split()[1] for line in lines] == changed
     for section in ("expert_parallel", "tensor_parallel", "zero_optimization"):
