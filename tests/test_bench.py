@@ -143,29 +143,45 @@ def test_overlapping_spans_count_once() -> None:
     assert covered([]) == 0
 
 
+def test_waits_go_to_what_ran_next() -> None:
+    waits = recipe("bench_clock").waits
+    spans = [(0.0, 2.0, "a"), (1.0, 5.0, "b"), (3.0, 4.0, "c"), (6.0, 7.0, "a"), (9.0, 9.5, "b"), (10.0, 11.0, "a")]
+    assert waits(spans) == {"a": 1.5, "b": 2.0}
+    assert waits([]) == {}
+
+
 def test_layouts_are_read_with_their_changes(tmp_path: Path) -> None:
     read = recipe("bench_layouts").read_layouts
     file = str(ROOT / "ds_configs" / "zero1_ep2.json")
     words = [f"{file}+liger+expert_parallel.gate_up_impl=fused", f"bare:{file}", "hf_zero3", "autoep_stock",
-             "transformers_ep", f"{file}+zero_optimization.stage=2+checkpointing"]  # fmt: skip
+             "transformers_ep", f"{file}+zero_optimization.stage=2+checkpointing", f"{file}+compile"]  # fmt: skip
     layouts = read(words, CONFIG, 4, tmp_path)
-    assert [layout.kind for layout in layouts] == ["trainer", "bare", "bare", "bare", "transformers_ep", "trainer"]
+    kinds = ["trainer", "bare", "bare", "bare", "transformers_ep", "trainer", "trainer"]
+    assert [layout.kind for layout in layouts] == kinds
     assert layouts[0].liger
     assert layouts[0].json["expert_parallel"]["gate_up_impl"] == "fused"
     assert layouts[0].json["expert_parallel"]["autoep_size"] == 2
-    assert [layout.ep_size for layout in layouts] == [2, 2, 1, 4, 4, 2]
+    assert [layout.ep_size for layout in layouts] == [2, 2, 1, 4, 4, 2, 2]
     assert layouts[5].json["zero_optimization"]["stage"] == 2
     assert layouts[5].checkpointing
+    assert layouts[6].compile
+    assert layouts[6].json["compile"] == {"autoep_non_moe": True}  # what the flag asks for beside AutoEP
+    for baseline in layouts[2:4]:  # as users have them
+        assert "timers" not in baseline.json
+    assert layouts[1].json["timers"] == {"throughput": {"enabled": False}}
 
 
 def test_what_cannot_run_is_refused_all_at_once(tmp_path: Path) -> None:
     file = str(ROOT / "ds_configs" / "zero1_ep2.json")
     words = ["nosuch", f"{file}+fast", f"{file}+expert_parallel.autoep_size=3", "transformers_ep+liger", "hf_zero3",
-             "hf_zero3", f"bare:{ROOT}/ds_configs/zero1_ep2_native.json"]  # fmt: skip
+             "hf_zero3", f"{file}+liger+compile", "autoep_stock+compile", f"bare:{ROOT}/ds_configs/zero1_ep2_native.json"]  # fmt: skip
     with pytest.raises(UserError) as refused:
         recipe("bench_layouts").read_layouts(words, CONFIG, 4, tmp_path)
     told = "\n".join(refused.value.problems)
-    for part in ("nosuch", "+fast", "autoep_size = 3", "transformers_ep+liger", "named twice", "moe: the section"):
+    for part in (
+        "nosuch", "+fast", "autoep_size = 3", "transformers_ep+liger", "named twice", "moe: the section",
+        "--torch_compile with --use_liger_kernel", "autoep_stock+compile: +compile: is a flag",
+    ):  # fmt: skip
         assert part in told, told
 
 
