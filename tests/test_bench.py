@@ -174,7 +174,8 @@ def test_layouts_are_read_with_their_changes(tmp_path: Path) -> None:
 def test_what_cannot_run_is_refused_all_at_once(tmp_path: Path) -> None:
     file = str(ROOT / "ds_configs" / "zero1_ep2.json")
     words = ["nosuch", f"{file}+fast", f"{file}+expert_parallel.autoep_size=3", "transformers_ep+liger", "hf_zero3",
-             "hf_zero3", f"{file}+liger+compile", "autoep_stock+compile", f"bare:{ROOT}/ds_configs/zero1_ep2_native.json"]  # fmt: skip
+             "hf_zero3", f"{file}+liger+compile", "autoep_stock+compile",
+             f"bare:{ROOT}/ds_configs/zero1_ep2_native.json"]  # fmt: skip
     with pytest.raises(UserError) as refused:
         recipe("bench_layouts").read_layouts(words, CONFIG, 4, tmp_path)
     told = "\n".join(refused.value.problems)
