@@ -12,18 +12,7 @@ import torch
 import torch.distributed as dist
 
 from bench_clock import Clock
-from bench_model import (
-    BETAS,
-    CLIP,
-    EPS,
-    LEARNING_RATE,
-    WEIGHT_DECAY,
-    build_model,
-    destroy,
-    load_figures,
-    make_rows,
-    mean_of_ranks,
-)
+from bench_model import ADAMW, CLIP, build_model, destroy, load_figures, make_rows, mean_of_ranks
 from moe_models.load_stats import LoadStats
 
 
@@ -37,9 +26,8 @@ def run_bare(job: dict[str, Any], clock: Clock, device: torch.device) -> dict[st
     config = copy.deepcopy(load_ds_config(job["json_path"]).deepspeed)
     if device.type != "cuda":
         config = adapt_for_cpu(config)[0]
-    values = {"lr": LEARNING_RATE, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY}
     params = config.get("optimizer", {}).get("params", {})
-    params.update({key: values[key] for key, value in params.items() if value == "auto"})
+    params.update({key: ADAMW[key] for key, value in params.items() if value == "auto"})
     config |= {
         "train_micro_batch_size_per_gpu": job["micro_batch"],
         "gradient_accumulation_steps": job["accumulation"],
@@ -85,10 +73,7 @@ def run_transformers_ep(job: dict[str, Any], clock: Clock, device: torch.device)
     model = type(model).maybe_distribute_model(model, layout, meshes)
     if job["checkpointing"]:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY,
-        fused=device.type == "cuda",
-    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, fused=device.type == "cuda")
     tap = _Tap(model, job, device)
     clock.on_profile = tap.attach
     clock.begin(optimizer)

@@ -15,18 +15,7 @@ from transformers import TrainerCallback
 
 from bench_baselines import run_bare, run_transformers_ep
 from bench_clock import Clock
-from bench_model import (
-    BETAS,
-    CLIP,
-    EPS,
-    LEARNING_RATE,
-    WEIGHT_DECAY,
-    build_model,
-    destroy,
-    load_figures,
-    make_rows,
-    mean_of_ranks,
-)
+from bench_model import ADAMW, CLIP, build_model, destroy, load_figures, make_rows, mean_of_ranks
 
 
 class _ClockCallback(TrainerCallback):  # type: ignore[misc]
@@ -69,11 +58,11 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
             max_steps=clock.total,
             per_device_train_batch_size=job["micro_batch"],
             gradient_accumulation_steps=job["accumulation"],
-            learning_rate=LEARNING_RATE,
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
-            adam_epsilon=EPS,
-            weight_decay=WEIGHT_DECAY,
+            learning_rate=ADAMW["lr"],
+            adam_beta1=ADAMW["betas"][0],
+            adam_beta2=ADAMW["betas"][1],
+            adam_epsilon=ADAMW["eps"],
+            weight_decay=ADAMW["weight_decay"],
             max_grad_norm=CLIP,
             lr_scheduler_type="constant",
             train_sampling_strategy="sequential",  # the tokens of each step are those of the other loops

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from moe_models.load_stats import LoadStats, overall
 
-LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-5, (0.9, 0.95), 1e-8, 0.1, 1.0
+ADAMW: dict[str, Any] = {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+CLIP = 1.0
 
 
 def build_model(job: dict[str, Any], device: torch.device) -> Any:
