@@ -2,8 +2,8 @@
 
 A model, not a measurement. Bytes on the wire are those of ``traffic.py``, which its test compares with live runs; rates
 are the device's (``devices.json`` or a calibration). What no rate says stands here as a constant. They were fitted
-together to 34 runs on 2 and 4 H200s, bf16, and rounded; the 19 of the pinned versions counted more
-(``tests/layouts.py`` has them all, ``test_step_time.py`` holds the fit, ``benchmarks/plan.md`` says how good it is).
+together to runs on 2 and 4 H200s, bf16, and rounded; the 37 of the pinned versions counted more (``tests/layouts.py``
+has them all, ``test_step_time.py`` holds the fit, ``benchmarks/plan.md`` says how good it is).
 """
 
 from __future__ import annotations
