@@ -85,6 +85,24 @@ def test_each_zero_stage_trains_exports_and_reloads(inputs: tuple[Path, Path], t
 
 
 @pytest.mark.gpu(2)
+def test_kernels_of_the_presets_keep_the_function(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """In fp32, where another function cannot hide behind rounding: AutoEP with its fused combine and Liger's kernels."""
+    curves = {}
+    for name, flags in (("zero3", ()), ("zero1_ep2", ()), ("zero1_ep2", ("--use_liger_kernel",))):
+        raw = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+        del raw["bf16"]
+        ds_config, out = tmp_path / f"{name}.json", tmp_path / "-".join([name, *flags])
+        ds_config.write_text(json.dumps(raw))
+        summary = finetune(*inputs, out, str(ds_config), *flags)
+        assert summary["dtype"] == "float32"
+        curves[out.name] = losses(out)
+    print(json.dumps(curves))
+    for name, curve in curves.items():
+        worst = max(abs(a - b) / b for a, b in zip(curve, curves["zero3"], strict=True))
+        assert worst < 1e-4, (name, worst, curves)
+
+
+@pytest.mark.gpu(2)
 def test_native_layers_are_the_same_function(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """The same flags with DeepSpeed's explicit layers instead of AutoEP: the same curve, a folder that reloads."""
     curves = {}
