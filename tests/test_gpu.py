@@ -86,7 +86,7 @@ def test_each_zero_stage_trains_exports_and_reloads(inputs: tuple[Path, Path], t
 
 @pytest.mark.gpu(2)
 def test_kernels_of_the_presets_keep_the_function(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """In fp32, where another function cannot hide behind rounding: AutoEP with its fused combine and Liger's kernels."""
+    """In fp32, where another function cannot hide behind rounding: AutoEP's fused combine, and Liger's kernels."""
     curves = {}
     for name, flags in (("zero3", ()), ("zero1_ep2", ()), ("zero1_ep2", ("--use_liger_kernel",))):
         raw = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
