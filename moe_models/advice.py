@@ -42,6 +42,11 @@ def warnings_for_run(
             'start, and there is no nvcc; install the CUDA toolkit, or set "torch_adam": true, "fused": true in '
             "optimizer.params"
         )
+    if on_gpu and ds.waits_for_timer:
+        lines.append(
+            "timers.throughput: on unless the JSON says otherwise, and then DeepSpeed waits for the GPU before and "
+            'after each forward and backward pass; set "timers": {"throughput": {"enabled": false}}'
+        )
     balance, model_type = ds.moe.balance, model_config.get("model_type")
     if balance and balance.bias_update_rate and model_type not in HAS_SELECTION_BIAS:
         lines.append(

@@ -59,6 +59,12 @@ class DsConfig:
             return self.moe.layer.ep_size
         return self.expert_parallel.autoep_size if self.expert_parallel else 1
 
+    @property
+    def waits_for_timer(self) -> bool:
+        """Whether DeepSpeed's throughput timer waits for the GPU around each forward and backward pass: its default."""
+        timer = self.raw.get("timers", {}).get("throughput", {})
+        return bool(timer.get("enabled", True) and timer.get("synchronized", True))
+
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON file that holds one object.
@@ -118,6 +124,13 @@ def load_ds_config(path: str | Path) -> DsConfig:
                 problems += built
             else:
                 sections[name] = built
+    timer = raw["timers"].get("throughput", {}) if _is_object(raw, "timers") else {}
+    if not isinstance(timer, dict):
+        problems.append(f"timers.throughput = {show(timer)}: must be an object {{...}}")
+    elif timer:
+        parser = importlib.import_module("deepspeed.utils.config").DeepSpeedThroughputTimerConfig
+        built = _build("timers.throughput", timer, parser)
+        problems += built if isinstance(built, list) else []
     expert_parallel = sections.get("expert_parallel")
     if isinstance(expert_parallel, ExpertParallel):
         problems += expert_parallel.conflicts()
@@ -147,7 +160,7 @@ def load_ds_config(path: str | Path) -> DsConfig:
     return DsConfig(
         path=path,
         raw=raw,
-        deepspeed=_without_own_autos({key: copy.deepcopy(value) for key, value in raw.items() if key != "moe"}),
+        deepspeed=without_own_autos({key: copy.deepcopy(value) for key, value in raw.items() if key != "moe"}),
         expert_parallel=expert_parallel if expert_parallel and expert_parallel.enabled else None,
         moe=moe,
         zero_stage=int(getattr(sections.get("zero_optimization"), "stage", 0)),
@@ -157,7 +170,7 @@ def load_ds_config(path: str | Path) -> DsConfig:
     )
 
 
-def _without_own_autos(deepspeed: dict[str, Any]) -> dict[str, Any]:
+def without_own_autos(deepspeed: dict[str, Any]) -> dict[str, Any]:
     """Leaves out AutoEP's own "auto", its default: accelerate 1.15.0 takes each for one to be filled in, and fails."""
     experts = deepspeed.get("expert_parallel", {})
     for key in [key for key, value in experts.items() if value == "auto"]:
@@ -238,55 +251,3 @@ def _build(section: str, values: dict[str, Any], model: type[BaseModel]) -> Base
         return lines + translate(error, section, values, model)
     except (AssertionError, TypeError, ValueError) as error:  # DeepSpeed's deprecated keys, beside their new names
         return [*lines, f"{section}: {' '.join(str(error).split())}"]
-
-
-def adapt_for_cpu(deepspeed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Copy a DeepSpeed config for processes without a GPU, with one line for each change (none if none is needed).
-
-    fp32 throughout, torch's AdamW instead of DeepSpeed's CUDA kernel, and the AutoEP settings that are CUDA kernels
-    back to their defaults. Everything else, the parallel layout above all, stays as it is. The caller has to turn off
-    ``bf16`` and ``fp16`` of its TrainingArguments too, because HF compares them with the JSON.
-
-    Raises UserError for an optimizer that has no CPU version.
-    """
-    config = copy.deepcopy(dict(deepspeed))
-    lines: list[str] = []
-
-    def change(section: dict[str, Any], where: str, key: str, new: object, why: str) -> None:
-        lines.append(f"cpu: {where}{key} {show(section[key]) if key in section else 'absent'} -> {show(new)} ({why})")
-        section[key] = new
-
-    for name in ("bf16", "fp16", "torch_autocast"):
-        if config.get(name, {}).get("enabled", False):
-            change(config[name], f"{name}.", "enabled", False, "CPU processes train in fp32")
-        for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads"):
-            if config.get(name, {}).get(key):
-                change(config[name], f"{name}.", key, False, "CPU processes train in fp32")
-    for key in ("param_dtype", "grad_accum_dtype", "buffer_dtype"):
-        if config.get("data_types", {}).get(key) in ("bf16", "fp16"):
-            change(config["data_types"], "data_types.", key, "fp32", "CPU processes train in fp32")
-    if config.get("communication_data_type") in ("bf16", "fp16"):
-        change(config, "", "communication_data_type", "fp32", "CPU processes train in fp32")
-    optimizer = config.get("optimizer", {})
-    kind = str(optimizer.get("type", "")).lower()
-    if kind in ("adam", "adamw") and not optimizer.get("params", {}).get("torch_adam"):
-        why = "DeepSpeed's FusedAdam is a CUDA kernel"
-        change(optimizer.setdefault("params", {}), "optimizer.params.", "torch_adam", True, why)
-    elif kind in ("lamb", "lion"):
-        raise UserError(
-            f"optimizer.type = {show(optimizer['type'])}: DeepSpeed has a CUDA kernel for it and nothing for CPU "
-            "processes; use AdamW"
-        )
-    experts = config.get("expert_parallel", {})
-    for key, cuda, cpu in (
-        ("comm_backend", "deepep", "comm"),
-        ("row_weighting_impl", "fused", "auto"),
-        ("combine_impl", "fused_weighted_sum", "auto"),
-        ("async_split_plan", True, False),
-    ):
-        if experts.get(key) == cuda:
-            change(experts, "expert_parallel.", key, cpu, "CUDA only")
-    _without_own_autos(config)
-    if config.get("compile", {}).get("deepcompile"):
-        change(config["compile"], "compile.", "deepcompile", False, "CUDA only")
-    return config, lines

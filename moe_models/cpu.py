@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from moe_models.config import without_own_autos
+from moe_models.ds_schema import show
+from moe_models.errors import UserError
 from moe_models.nodes import ranks_per_node
 
 
@@ -37,3 +42,55 @@ def join_cpu_ranks() -> dict[str, Any]:
     if previous is None:
         del os.environ["ACCELERATE_USE_DEEPSPEED"]
     return {"use_configured_state": True}
+
+
+def adapt_for_cpu(deepspeed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Copy a DeepSpeed config for processes without a GPU, with one line for each change (none if none is needed).
+
+    fp32 throughout, torch's AdamW instead of DeepSpeed's CUDA kernel, and the AutoEP settings that are CUDA kernels
+    back to their defaults. Everything else, the parallel layout above all, stays as it is. The caller has to turn off
+    ``bf16`` and ``fp16`` of its TrainingArguments too, because HF compares them with the JSON.
+
+    Raises UserError for an optimizer that has no CPU version.
+    """
+    config = copy.deepcopy(dict(deepspeed))
+    lines: list[str] = []
+
+    def change(section: dict[str, Any], where: str, key: str, new: object, why: str) -> None:
+        lines.append(f"cpu: {where}{key} {show(section[key]) if key in section else 'absent'} -> {show(new)} ({why})")
+        section[key] = new
+
+    for name in ("bf16", "fp16", "torch_autocast"):
+        if config.get(name, {}).get("enabled", False):
+            change(config[name], f"{name}.", "enabled", False, "CPU processes train in fp32")
+        for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads"):
+            if config.get(name, {}).get(key):
+                change(config[name], f"{name}.", key, False, "CPU processes train in fp32")
+    for key in ("param_dtype", "grad_accum_dtype", "buffer_dtype"):
+        if config.get("data_types", {}).get(key) in ("bf16", "fp16"):
+            change(config["data_types"], "data_types.", key, "fp32", "CPU processes train in fp32")
+    if config.get("communication_data_type") in ("bf16", "fp16"):
+        change(config, "", "communication_data_type", "fp32", "CPU processes train in fp32")
+    optimizer = config.get("optimizer", {})
+    kind = str(optimizer.get("type", "")).lower()
+    if kind in ("adam", "adamw") and not optimizer.get("params", {}).get("torch_adam"):
+        why = "DeepSpeed's FusedAdam is a CUDA kernel"
+        change(optimizer.setdefault("params", {}), "optimizer.params.", "torch_adam", True, why)
+    elif kind in ("lamb", "lion"):
+        raise UserError(
+            f"optimizer.type = {show(optimizer['type'])}: DeepSpeed has a CUDA kernel for it and nothing for CPU "
+            "processes; use AdamW"
+        )
+    experts = config.get("expert_parallel", {})
+    for key, cuda, cpu in (
+        ("comm_backend", "deepep", "comm"),
+        ("row_weighting_impl", "fused", "auto"),
+        ("combine_impl", "fused_weighted_sum", "auto"),
+        ("async_split_plan", True, False),
+    ):
+        if experts.get(key) == cuda:
+            change(experts, "expert_parallel.", key, cpu, "CUDA only")
+    without_own_autos(config)
+    if config.get("compile", {}).get("deepcompile"):
+        change(config["compile"], "compile.", "deepcompile", False, "CUDA only")
+    return config, lines

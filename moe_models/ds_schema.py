@@ -57,6 +57,7 @@ SECTION_KEYS: dict[str, tuple[str, ...]] = {
     "scheduler": ("type", "params"),
     "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
     "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
+    "timers": ("throughput",),
 }
 """Keys of sections that DeepSpeed reads with ``dict.get``, ignoring misspelt ones."""
 

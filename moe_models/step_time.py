@@ -145,8 +145,7 @@ def _compute(
     group = layout.ep_size if spread else 1
     each = rows * group / sizes.num_experts  # rows of one expert in one call
     rate = device.matmul_tflops * 1e12
-    timer = ds.raw.get("timers", {}).get("throughput", {})
-    seconds: float = TIMER_SECONDS if timer.get("enabled", True) and timer.get("synchronized", True) else 0.0
+    seconds: float = TIMER_SECONDS if ds.waits_for_timer else 0.0
     seconds += again * tokens * dense / layout.tp_size / (rate * MATMUL_SHARE)
     seconds += again * load * tokens * experts / layout.tp_size / (rate * grouped_share(device, each))
     moved: float = tokens * _normed(sizes) * NORM_BYTES[liger]

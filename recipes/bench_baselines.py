@@ -21,7 +21,8 @@ def run_bare(job: dict[str, Any], clock: Clock, device: torch.device) -> dict[st
     import deepspeed
 
     from moe_models.autoep import register_presets
-    from moe_models.config import adapt_for_cpu, load_ds_config
+    from moe_models.config import load_ds_config
+    from moe_models.cpu import adapt_for_cpu
 
     config = copy.deepcopy(load_ds_config(job["json_path"]).deepspeed)
     if device.type != "cuda":

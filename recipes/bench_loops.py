@@ -42,8 +42,8 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
     from datasets import Dataset
     from trl import SFTConfig
 
-    from moe_models.config import adapt_for_cpu, load_ds_config
-    from moe_models.cpu import join_cpu_ranks
+    from moe_models.config import load_ds_config
+    from moe_models.cpu import adapt_for_cpu, join_cpu_ranks
     from moe_models.data import LOADER_WORKERS
     from moe_models.families import FAMILIES
     from moe_models.native import register_deepspeed_moe

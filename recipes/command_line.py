@@ -66,8 +66,7 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     else:
         parser, given, ds, model_config = check(words, about, flags)
 
-    from moe_models.config import adapt_for_cpu
-    from moe_models.cpu import join_cpu_ranks, on_cpu
+    from moe_models.cpu import adapt_for_cpu, join_cpu_ranks, on_cpu
     from moe_models.preflight import warnings_for_run
     from moe_models.traffic import Work
 

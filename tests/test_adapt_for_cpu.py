@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_models.config import adapt_for_cpu, load_ds_config
+from moe_models.config import load_ds_config
+from moe_models.cpu import adapt_for_cpu
 from moe_models.ds_schema import ExpertParallel
 from moe_models.errors import UserError
 

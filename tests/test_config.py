@@ -124,6 +124,9 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 
 
 WORDS: list[tuple[dict[str, Any], str]] = [
+    ({"timers": {"throughput": 3}}, "timers.throughput = 3: must be an object"),
+    ({"timers": {"throughput": {"enable": False}}}, "timers.throughput.enable"),
+    ({"timers": {"thruput": {}}}, "timers.thruput"),
     ({"expert_paralel": {}}, 'expert_paralel = {}: unknown key; did you mean "expert_parallel"?'),
     ({"zzz": 1}, "zzz = 1: unknown key; remove it; allowed: activation_checkpointing, aio, "),
     ({"bfloat16": {"enabled": True}}, 'bfloat16 = {"enabled": true}: unknown key; did you mean "bf16"?'),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_models.config import adapt_for_cpu, load_ds_config, read_json
+from moe_models.config import load_ds_config, read_json
+from moe_models.cpu import adapt_for_cpu
 from moe_models.layout import Layout
 from moe_models.moe_schema import ELSEWHERE, MoeLayer
 from moe_models.preflight import check_run, warnings_for_run

@@ -76,20 +76,33 @@ def test_untested_versions(ds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_throughput_timer(ds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
+    for timer in ({}, {"throughput": {"enabled": True}}):
+        line = one(warnings_for_run(ds(None, timers=timer), MIXTRAL, 2, on_gpu=True))
+        assert line.startswith(
+            "timers.throughput: on unless the JSON says otherwise, and then DeepSpeed waits for the GPU"
+        )
+    for timer in ({"enabled": False}, {"synchronized": False}):
+        assert warnings_for_run(ds(None, timers={"throughput": timer}), MIXTRAL, 2, on_gpu=True) == []
+    assert warnings_for_run(ds(None), MIXTRAL, 2) == []  # CPU processes have nothing to wait for
+
+
 def test_no_cuda_compiler(ds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(advice.shutil, "which", lambda _: None)
-    line = one(warnings_for_run(ds(None), MIXTRAL, 2, on_gpu=True))
+    quiet = {"throughput": {"enabled": False}}
+    line = one(warnings_for_run(ds(None, timers=quiet), MIXTRAL, 2, on_gpu=True))
     assert line.startswith(
         'optimizer.type = "AdamW": DeepSpeed compiles its fused kernel at the first start, and there is'
     )
     assert '"torch_adam": true, "fused": true' in line
     assert warnings_for_run(ds(None), MIXTRAL, 2) == []
     torch_adam = {"type": "AdamW", "params": {"torch_adam": True}}
-    assert warnings_for_run(ds(None, optimizer=torch_adam), MIXTRAL, 2, on_gpu=True) == []
+    assert warnings_for_run(ds(None, optimizer=torch_adam, timers=quiet), MIXTRAL, 2, on_gpu=True) == []
     monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
-    assert warnings_for_run(ds(None), MIXTRAL, 2, on_gpu=True) == []
+    assert warnings_for_run(ds(None, timers=quiet), MIXTRAL, 2, on_gpu=True) == []
 
 
 def test_installed_version() -> None:
