@@ -46,7 +46,7 @@ ADAM_BYTES, CHECK_BYTES = 110, 14
 LAYER_SECONDS = {False: 1.5e-3, True: 1.85e-3}
 """One decoder layer, forward and backward, in which the GPU has nothing to do: plain, and with AutoEP (True), whose
 layers read split sizes back to the host before they go on."""
-TIMER_SECONDS = 2.2e-3
+TIMER_SECONDS = 1.4e-3
 """In each forward and backward pass: DeepSpeed's throughput timer waits for the GPU before and after."""
 HOST_SECONDS = {"AutoEP": 12.5e-3, "AutoEP, Liger": 11e-3, "ZeRO-3": 20e-3}
 """What Python needs for one layer, forward and backward, with AutoEP (Liger's kernels are fewer) and under ZeRO-3,

@@ -131,9 +131,9 @@ class Clock:
                 talking.append(span)
             elif on_gpu:
                 working.append(span)
-            named.append((*span, event.name[:120]))
+            name = event.name[:120]  # templates that begin alike count as one kernel
+            named.append((*span, name))
             if on_gpu or event.name.startswith(prefix):
-                name = event.name[:120]  # templates that begin alike count as one kernel
                 by_name[name] = by_name.get(name, 0.0) + span[1] - span[0]
         together = covered(talking + working)
         self.figures["communication_share"] = covered(talking) / 1e6 / whole

@@ -142,8 +142,9 @@ def test_layouts_are_read_with_their_changes(tmp_path: Path) -> None:
     kinds = ["trainer", "bare", "bare", "bare", "transformers_ep", "trainer", "trainer"]
     assert [layout.kind for layout in layouts] == kinds
     assert layouts[0].liger
-    assert layouts[0].json["expert_parallel"]["gate_up_impl"] == "fused"
-    assert layouts[0].json["expert_parallel"]["autoep_size"] == 2
+    assert layouts[0].json["expert_parallel"] == {
+        "enabled": True, "autoep_size": 2, "combine_impl": "fused_weighted_sum", "gate_up_impl": "fused"
+    }  # fmt: skip
     assert [layout.ep_size for layout in layouts] == [2, 2, 1, 4, 4, 2, 2]
     assert layouts[5].json["zero_optimization"]["stage"] == 2
     assert layouts[5].checkpointing

@@ -12,6 +12,9 @@ from moe_models.sizes import model_sizes
 from tests.layouts import BENCHED, CUT, MEASURED, MIXTRAL_8X7B, ROOT, as_before, layout_of, ran, work
 
 H200 = read_device("h200")
+SLOW_HOST = "last call, fine ZeRO-3, 1"
+"""The host's Python is the limit of this row, and hosts differ: 0.71 s a step in the first call, 1.04 s here. The model
+has the first; the order of the layouts is asked of both."""
 
 
 def earlier(name: str) -> tuple[float, float]:
@@ -31,28 +34,21 @@ def benched(name: str, device: Device = H200) -> tuple[Prediction, float, float]
     return predict(model, ran(name), 2, 8, batch, device, skew=skew, liger=how == "Liger", loss=loss), speed, gib
 
 
-def within(name: str) -> float:
-    """How far off the time may be. Where the host's Python is the limit, hosts differ: this row took 0.71 s a step on
-    one and 1.04 s on another."""
-    if "fine ZeRO-3" in name and name.endswith(", 1"):
-        return 0.50
-    return 0.07
-
-
 @pytest.mark.parametrize("name", BENCHED)
 def test_benched(name: str) -> None:
     """The constants of the time were fitted to these runs, so this holds the fit; none was fitted to memory."""
     said, speed, gib = benched(name)
-    assert said.tokens_per_s == pytest.approx(speed, rel=within(name))
     assert said.memory.allocated / GIB == pytest.approx(gib, rel=0.10)
+    if name != SLOW_HOST:
+        assert said.tokens_per_s == pytest.approx(speed, rel=0.05)
 
 
-@pytest.mark.parametrize("name", BENCHED)
+@pytest.mark.parametrize("name", [name for name in BENCHED if name.startswith("first call")])
 def test_benched_with_the_calibrations_of_these_machines(name: str) -> None:
     shape = "mixtral" if "mixtral" in name else "finegrained"
     device = read_device("h200", [ROOT / "benchmarks" / f"calibration-h200-{shape}.json"])
     said, speed, _ = benched(name, device)
-    assert said.tokens_per_s == pytest.approx(speed, rel=within(name) + 0.03)  # the last call had another host
+    assert said.tokens_per_s == pytest.approx(speed, rel=0.06)
 
 
 @pytest.mark.parametrize("name", MEASURED)
