@@ -1,4 +1,4 @@
-"""What DeepSpeed's AutoTP split, made whole again: matrices of a live engine or of a checkpoint, and a gradient norm.
+"""What DeepSpeed's AutoTP split, made whole again: matrices of a live engine or of a checkpoint.
 
 AutoTP (deepspeed 0.19.8) leaves on each parameter that it split the dimension (0: outputs, 1: inputs), and in each
 checkpoint the patterns of the names: replicated, split by inputs, and all others, split by outputs.
@@ -15,27 +15,6 @@ import torch.distributed as dist
 
 _PARAMETER_MARK = "ds_autotp_universal_checkpoint_meta"
 _CHECKPOINT_MARK = "universal_checkpoint_info"
-
-
-def count_every_expert_in_the_norm(optimizer: Any) -> None:
-    """Make a ZeRO 1 or 2 optimizer count the gradients of all experts when it clips.
-
-    Under tensor parallelism DeepSpeed takes what AutoTP did not split from the first peer of each group only, because
-    the others hold the same. Experts are not split, but an EP group runs over the peers and each holds other experts:
-    deepspeed 0.19.8 loses theirs (3.9% of the norm of the tiny Mixtral at TP 2 x EP 2), and clips too little.
-    """
-    original = optimizer.get_grad_norm_direct
-
-    def get_grad_norm_direct(gradients: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        params, rank = list(params), optimizer.model_parallel_rank
-        if params and not getattr(params[0], "allreduce", True):  # a group holds experts only, or none
-            optimizer.model_parallel_rank = 0
-        try:
-            return original(gradients, params, *args, **kwargs)
-        finally:
-            optimizer.model_parallel_rank = rank
-
-    optimizer.get_grad_norm_direct = get_grad_norm_direct
 
 
 def split_dimension(parameter: torch.Tensor) -> int | None:

@@ -34,6 +34,7 @@ from moe_models.checkpoint import export
 from moe_models.checkpoint_engine import EngineSource, is_writer
 from moe_models.families import FAMILIES, Family
 from moe_models.flops import train_flops
+from moe_models.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
 from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.inputs import LAYOUT_FILE
 from moe_models.moe_schema import Balance
@@ -43,7 +44,6 @@ from moe_models.proof import ExportProof, prove_folder, record_logits
 from moe_models.relayout import any_layout, describe_engine
 from moe_models.routing import Routing
 from moe_models.sizes import model_sizes
-from moe_models.tp_shards import count_every_expert_in_the_norm
 from moe_models.ulysses import UlyssesTrainer
 from moe_models.weight_decay import decay_groups
 
@@ -122,6 +122,8 @@ class MoETrainer(UlyssesTrainer):
         if self.get_tp_size() > 1 and self.ulysses is None:
             count_every_expert_in_the_norm(self.model_wrapped.optimizer)
             self._tp_size = self.get_tp_size()  # TRL counts the tokens that peers share once for each
+        else:
+            norm_in_one_pass(self.model_wrapped.optimizer)
         if section.get("enabled"):
             check_replaced(self.model, self.family, self.source_config.to_dict(), section.get("autoep_size", 1))
         ep_size = section.get("autoep_size", 1) if section.get("enabled") else 1

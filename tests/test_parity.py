@@ -154,10 +154,9 @@ FAULTS = ("aux loss doubled", "experts left out of the norm", "only rank 0's exp
 def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """`parity.train_case` on a rank where one thing is wrong, in the ways stacks of this field got it wrong."""
     import torch
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from trl import SFTTrainer
 
-    from moe_models import checkpoint_engine
+    from moe_models import checkpoint_engine, trainer
     from moe_models.trainer import MoETrainer
 
     def double_aux_loss(self: Any, *a: Any, **k: Any) -> Any:
@@ -165,17 +164,25 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self.doubled = True
         return compute_loss(self, *a, **k)
 
-    def norm_without_experts(self: Any, gradients: Any, params: Any, *a: Any, **k: Any) -> Any:
-        norm = get_norm(self, gradients, params, *a, **k)
-        return norm * 0.0 if not getattr(params[0], "allreduce", True) else norm
+    def norm_without_experts(optimizer: Any) -> None:
+        norm_in_one_pass(optimizer)
+        take_norm = optimizer.scaled_global_norm
+
+        def scaled_global_norm() -> Any:
+            whole = optimizer.averaged_gradients
+            optimizer.averaged_gradients = {i: g for i, g in whole.items() if not optimizer.is_moe_param_group[i]}
+            norm, optimizer.averaged_gradients = take_norm(), whole
+            return norm
+
+        optimizer.scaled_global_norm = scaled_global_norm
 
     def rank_0_twice(local: torch.Tensor, ep_group: Any) -> torch.Tensor | None:
         return torch.cat([local.cpu()] * 2) if checkpoint_engine.is_writer() else None
 
-    compute_loss, get_norm = MoETrainer.compute_loss, DeepSpeedZeroOptimizer.get_grad_norm_direct
+    compute_loss, norm_in_one_pass = MoETrainer.compute_loss, trainer.norm_in_one_pass
     owner, name, wrong = {
         FAULTS[0]: (MoETrainer, "compute_loss", double_aux_loss),
-        FAULTS[1]: (DeepSpeedZeroOptimizer, "get_grad_norm_direct", norm_without_experts),
+        FAULTS[1]: (trainer, "norm_in_one_pass", norm_without_experts),
         FAULTS[2]: (checkpoint_engine, "_gather_to_writer", rank_0_twice),
         FAULTS[3]: (MoETrainer, "create_optimizer", SFTTrainer.create_optimizer),
     }[fault]
