@@ -1,8 +1,8 @@
 """The gradient norm by which DeepSpeed clips: all experts counted, and under ZeRO 1 and 2 taken in one pass.
 
-deepspeed 0.19.8 (``DeepSpeedZeroOptimizer.scaled_global_norm``) copies each gradient to fp64 by itself, sums each of its
-many parameter groups over the ranks on its own, and leaves the norm on the GPU, where the host asks for it in every group
-before that is updated. What that costs on GPUs: benchmarks/speed.md.
+deepspeed 0.19.8 (``DeepSpeedZeroOptimizer.scaled_global_norm``) copies each gradient to fp64 by itself, sums each of
+its many parameter groups over the ranks on its own, and leaves the norm on the GPU, where the host asks for it in every
+group before that is updated. What that costs on GPUs: benchmarks/speed.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def norm_in_one_pass(optimizer: Any) -> None:
 
     def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
         if norm_type != 2 or optimizer.model_parallel_group is not None or optimizer.groups_lacking_loss_scale:
-            return original(norm_type)
+            theirs: torch.Tensor = original(norm_type)
+            return theirs
         # Every element lies on one rank of the data-parallel group: experts on the ranks that hold them, and of what
         # several ranks hold each its partition.
         groups = optimizer.averaged_gradients.values()
@@ -54,9 +55,9 @@ def local_square(gradients: list[torch.Tensor], device: Any) -> torch.Tensor:
 def count_every_expert_in_the_norm(optimizer: Any) -> None:
     """Make a ZeRO 1 or 2 optimizer count the gradients of all experts when it clips, under tensor parallelism.
 
-    There DeepSpeed takes what AutoTP did not split from the first peer of each group only, because the others hold the
-    same. Experts are not split, but an EP group runs over the peers and each holds other experts: deepspeed 0.19.8 loses
-    theirs (3.9% of the norm of the tiny Mixtral at TP 2 x EP 2), and clips too little.
+    There DeepSpeed takes what AutoTP did not split from the first peer of each group only, because the others hold
+    the same. Experts are not split, but an EP group runs over the peers and each holds other experts: deepspeed 0.19.8
+    loses theirs (3.9% of the norm of the tiny Mixtral at TP 2 x EP 2), and clips too little.
     """
     original = optimizer.get_grad_norm_direct
 

@@ -203,14 +203,14 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
     from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
     from moe_models.cpu import on_cpu
-    from moe_models.data import LOADER_WORKERS
+    from moe_models.data import GPU_LOADER
 
     kinds = (ScriptArguments, kind.arguments, SFTConfig, ModelConfig)
     parser = TrlParser(kinds, description=about, allow_abbrev=False)
     # Training text should not be cut where it is too long, progress should be kept, and experiments should be seen.
     parser.set_defaults_with_config(
         packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None,
-        dataloader_num_workers=0 if on_cpu() else LOADER_WORKERS, **kind.defaults,
+        **({} if on_cpu() else GPU_LOADER), **kind.defaults,
     )  # fmt: skip
 
     def refuse(message: str) -> None:

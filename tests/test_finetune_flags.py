@@ -191,3 +191,21 @@ def test_numbers_that_differ_between_json_and_flags(
         f"{path}: ds gradient_clipping=3.0 vs hf max_grad_norm=1.0; {mend}",
         f"{path}: ds optimizer.params.lr=0.5 vs hf learning_rate=0.0001; {mend}",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_gpu_does_not_wait_for_data(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_models import cpu
+    from tests.test_bench import recipe as module
+
+    command_line = module("command_line")
+    monkeypatch.setattr(cpu, "on_cpu", lambda: not gpu)
+    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--bf16", "false"]
+    parser, given, problems = command_line.parse_flags(words, "", command_line.FROM_CHECKPOINT)
+    assert problems == []
+    args = parser.parse_dict(vars(given))[2]
+    assert args.dataloader_num_workers == (2 if gpu else 0)
+    assert args.accelerator_config.non_blocking is gpu
+    if gpu:
+        words += ["--dataloader_num_workers", "5"]
+        assert command_line.parse_flags(words, "", command_line.FROM_CHECKPOINT)[1].dataloader_num_workers == 5

@@ -44,7 +44,6 @@ def norms_of_a_run(source: str, out: str, config: dict[str, Any], **options: Any
     return seen
 
 
-
 @pytest.mark.parametrize(
     ("config", "options"),
     [
@@ -65,7 +64,6 @@ def test_it_is_the_norm_that_deepspeed_takes(
         for ours, theirs in seen:
             assert ours == pytest.approx(theirs, rel=1e-6)
             assert ours > 0.1
-
 
 
 def optimizer_with(gradients: dict[int, Any], **attributes: Any) -> Any:
@@ -126,6 +124,7 @@ def test_another_optimizer_is_left_alone() -> None:
 def test_fp32_is_enough_on_the_gpu(dtype: torch.dtype) -> None:
     """300 million elements of very different sizes, against fp64. Measured below 1e-6."""
     torch.manual_seed(0)
-    gradients = [torch.randn(size, device="cuda", dtype=dtype) * 10.0**-i for i, size in enumerate((3 * 10**8, 7, 10**6))]
+    sizes = (3 * 10**8, 7, 10**6)
+    gradients = [torch.randn(size, device="cuda", dtype=dtype) * 10.0**-i for i, size in enumerate(sizes)]
     expected = sum(g.double().square().sum() for g in gradients)
     assert local_square(gradients, "cuda").item() == pytest.approx(expected.item(), rel=2e-6)
