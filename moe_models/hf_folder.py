@@ -25,6 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from moe_models.liger import as_shipped
+
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 """What ``save_pretrained`` used for years; hub pages and loaders are fine with it."""
 
@@ -250,7 +252,7 @@ def kept_in_fp32(config: Any) -> re.Pattern[str] | None:
 def _meta_model(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with without_zero3(), torch.device("meta"):
+    with without_zero3(), as_shipped(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 

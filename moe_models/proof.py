@@ -19,6 +19,7 @@ import torch
 
 from moe_models.checkpoint_engine import fingerprint
 from moe_models.hf_folder import ExportError, without_zero3
+from moe_models.liger import as_shipped
 
 PROBE_SHAPE = (2, 48)
 """Sequences and tokens of the probe; enough for every expert of a common layer to be chosen."""
@@ -60,6 +61,7 @@ def record_logits(engine: Any, vocab_size: int) -> tuple[torch.Tensor, torch.Ten
     return ids_BT, output.logits.float().cpu()
 
 
+@as_shipped()
 @torch.no_grad()
 def prove_folder(
     folder: Path, ids_BT: torch.Tensor, logits_BTV: torch.Tensor, fingerprints: Mapping[str, int]

@@ -37,6 +37,7 @@ from moe_models.flops import train_flops
 from moe_models.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
 from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.inputs import LAYOUT_FILE
+from moe_models.liger import remember_shipped
 from moe_models.moe_schema import Balance
 from moe_models.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.preflight import reentrant_problems
@@ -85,6 +86,7 @@ class MoETrainer(UlyssesTrainer):
         self.max_shard_bytes = max_shard_bytes
         self.last_proof: ExportProof | None = None
         restore_rotary_buffers(model)
+        remember_shipped(model)
         register_presets()
         super().__init__(model, *args, **kwargs)
         if problems := reentrant_problems(self.args, self.aux_loss_enabled):

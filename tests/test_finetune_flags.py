@@ -124,6 +124,10 @@ FLAG_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"gradient_checkpointing_kwargs": '{"use_reentrant": true}', "report_to": "none"},
         ['--gradient_checkpointing_kwargs {{"use_reentrant": true}}: the auxiliary loss would have no gradient'],
     ),
+    "Liger without a GPU": (
+        {"use_liger_kernel": True, "report_to": "none"},
+        ["--use_liger_kernel: Liger's kernels need a GPU; drop the flag"],
+    ),
     "precision beside the JSON": (
         {"fp16": True},
         ["--fp16: the precision of {json} is bf16; set fp16.enabled to true or \"auto\" there, or drop --fp16"],
