@@ -61,12 +61,14 @@ def predict(
     skew: float = 1.3,
     liger: bool = False,
     loss: Loss = "chunked",
+    one_pass_norm: bool = True,
     states: StateBytes | None = None,
 ) -> Prediction:
     """Memory and time of a model (its ``config.json``) in a layout.
 
     ``skew``: tokens of the fullest expert over the mean, as a run logs them. ``loss``: "chunked" for TRL's trainer,
-    "full" for a loop that takes the model's own loss. ``states``: those of the layout, where many batches are compared.
+    "full" for a loop that takes the model's own loss. ``one_pass_norm``: MoETrainer's under ZeRO 1 and 2; False for
+    DeepSpeed's own. ``states``: those of the layout, where many batches are compared.
 
     Raises UserError for a model without known sizes, for native layers, and for fp32 or fp16.
     """
@@ -80,7 +82,10 @@ def predict(
     moments = memory_moments(
         ds, states, layout, work, reserved_gib=device.reserved_gib, loss=loss, skew=skew, liger=liger
     )
-    time = step_time(ds, states, layout, work, device, gpus_per_node, skew=skew, liger=liger, chunked=loss == "chunked")
+    time = step_time(
+        ds, states, layout, work, device, gpus_per_node,
+        skew=skew, liger=liger, chunked=loss == "chunked", one_pass_norm=one_pass_norm,
+    )  # fmt: skip
     tokens = work.micro_batch * work.length * work.accumulation // (ds.tp_size * ds.sp_size)
     return Prediction(
         memory=max(moments, key=lambda moment: moment.needed),

@@ -40,8 +40,9 @@ INNER_BYTES = {False: 54, True: 26}
 kernels that read strided halves of one tensor (False), AutoEP's single kernel (True)."""
 LOGIT_BYTES = {False: 60, True: 14}
 """For each logit; with all logits at once (False) and tile by tile (True)."""
-ADAM_BYTES, CHECK_BYTES = 110, 14
-"""For each parameter a rank updates: norm in fp64, flat copies, fp32 gradient, AdamW's reads and writes; and what
+ADAM_BYTES, OWN_NORM_BYTES, CHECK_BYTES = 72, 38, 14
+"""For each parameter a rank updates: the norm in one pass, flat copies, fp32 gradient, AdamW's reads and writes; what
+DeepSpeed's own norm takes beside that, with its fp64 copies and its waits (``grad_norm.py``); and what
 ``bf16.check_grad_overflow`` reads before them."""
 LAYER_SECONDS = {False: 1.5e-3, True: 1.85e-3}
 """One decoder layer, forward and backward, in which the GPU has nothing to do: plain, and with AutoEP (True), whose
@@ -89,8 +90,9 @@ def step_time(
     skew: float = 1.0,
     liger: bool = False,
     chunked: bool = True,
+    one_pass_norm: bool = True,
 ) -> StepTime:
-    """Seconds of one optimizer step of the slowest rank; ``skew`` as in ``memory.rank_load``."""
+    """Seconds of one optimizer step of the slowest rank; ``skew`` as in ``memory.rank_load``, the rest in ``predict``."""
     sizes, spread = states.sizes, states.spread
     load = rank_load(skew, sizes.num_experts, layout.ep_size) if spread else 1.0
     compute = work.accumulation * _compute(ds, sizes, layout, work, device, spread, load, liger, chunked)
@@ -121,7 +123,7 @@ def step_time(
         compute=compute,
         all_to_all=exchanged,
         reduce_gather=exposed,
-        optimizer=_optimizer(ds, states, device, work),
+        optimizer=_optimizer(ds, states, device, work, one_pass_norm),
     )
 
 
@@ -221,10 +223,11 @@ def _calls(flow: Flow, ds: DsConfig, sizes: ModelSizes, work: Work) -> int:
     return ceil(flow.payload / (bucket * work.element_bytes))
 
 
-def _optimizer(ds: DsConfig, states: StateBytes, device: Device, work: Work) -> float:
+def _optimizer(ds: DsConfig, states: StateBytes, device: Device, work: Work, one_pass_norm: bool) -> float:
     if "optimizer" not in offloaded(ds):
         checked = ds.zero_stage < 3 and ds.raw.get("bf16", {}).get("check_grad_overflow", True)
-        moved = states.partition * (ADAM_BYTES + checked * CHECK_BYTES)
+        own_norm = ds.zero_stage == 3 or ds.tp_size > 1 or not one_pass_norm
+        moved = states.partition * (ADAM_BYTES + own_norm * OWN_NORM_BYTES + checked * CHECK_BYTES)
         return moved / (device.memory_gb_per_s * 1e9)
     backs = work.accumulation if states.stage > 1 else 1
     moved = states.partition * BF16 * (backs + (0 if "weights" in offloaded(ds) else 1))

@@ -9,12 +9,16 @@ from moe_models.flops import train_flops
 from moe_models.memory import Loss
 from moe_models.predict import GIB, Prediction, predict
 from moe_models.sizes import model_sizes
-from tests.layouts import BENCHED, CUT, MEASURED, MIXTRAL_8X7B, ROOT, as_before, layout_of, ran, work
+from tests.layouts import BENCHED, CALLS, CUT, MEASURED, MIXTRAL_8X7B, ROOT, as_before, layout_of, ran, work
 
 H200 = read_device("h200")
-SLOW_HOST = "last call, fine ZeRO-3, 1"
+SLOW_HOST = "third call, fine ZeRO-3, 1"
 """The host's Python is the limit of this row, and hosts differ: 0.71 s a step in the first call, 1.04 s here. The model
 has the first; the order of the layouts is asked of both."""
+
+HOST_BOUND = {name for name in BENCHED if name.startswith("last call, fine") and name.endswith(", 1")}
+"""In these too, and that host was not steady: minutes later it took 401 to 431 ms for the step of "fine trainer, 1" (494
+here), and 417 to 459 for that of "fine bare, 1" (449 and 554)."""
 
 
 def earlier(name: str) -> tuple[float, float]:
@@ -22,7 +26,7 @@ def earlier(name: str) -> tuple[float, float]:
     model, stage, ep, gpus, micro, accumulation, liger, speed = MEASURED[name]
     batch = work(micro, accumulation=accumulation)
     layout = as_before(layout_of(stage, ep))
-    found = predict(model, layout, gpus, 8, batch, H200, skew=1.1, liger=liger, loss="full")
+    found = predict(model, layout, gpus, 8, batch, H200, skew=1.1, liger=liger, loss="full", one_pass_norm=False)
     return found.tokens_per_s, speed
 
 
@@ -31,7 +35,16 @@ def benched(name: str, device: Device = H200) -> tuple[Prediction, float, float]
     model, how, micro, skew, speed, gib = BENCHED[name]
     loss: Loss = "full" if how in ("bare", "stock", "ZeRO-3") else "chunked"
     batch = work(micro, accumulation=4)
-    return predict(model, ran(name), 2, 8, batch, device, skew=skew, liger=how == "Liger", loss=loss), speed, gib
+    said = predict(
+        model, ran(name), 2, 8, batch, device,
+        skew=skew, liger=how == "Liger", loss=loss, one_pass_norm=norm_of(name),
+    )  # fmt: skip
+    return said, speed, gib
+
+
+def norm_of(name: str) -> bool:
+    """Whether a row took the norm in one pass: MoETrainer's of the last call."""
+    return name.startswith("last call") and BENCHED[name][1] in ("trainer", "Liger")
 
 
 @pytest.mark.parametrize("name", BENCHED)
@@ -40,7 +53,7 @@ def test_benched(name: str) -> None:
     said, speed, gib = benched(name)
     assert said.memory.allocated / GIB == pytest.approx(gib, rel=0.10)
     if name != SLOW_HOST:
-        assert said.tokens_per_s == pytest.approx(speed, rel=0.05)
+        assert said.tokens_per_s == pytest.approx(speed, rel=0.12 if name in HOST_BOUND else 0.05)
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHED if name.startswith("first call")])
@@ -60,7 +73,7 @@ def test_earlier_runs(name: str) -> None:
 
 @pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("shape", ["mixtral", "fine"])
-@pytest.mark.parametrize("call", ["first call", "last call"])
+@pytest.mark.parametrize("call", CALLS)
 def test_order_of_layouts_measured_side_by_side(call: str, shape: str, micro: int) -> None:
     """Who is ahead by more than 5% of the time; at the load that was seen, and at the planner's own guess of it."""
     names = [name for name in BENCHED if name.startswith(f"{call}, {shape}") and name.endswith(f", {micro}")]
@@ -73,7 +86,10 @@ def test_order_of_layouts_measured_side_by_side(call: str, shape: str, micro: in
             loss: Loss = "full" if how in ("bare", "stock", "ZeRO-3") else "chunked"
             batch, device = work(micro, accumulation=4), H200
             liger = how == "Liger"
-            found = predict(model, ran(name), 2, 8, batch, device, skew=skew or seen, liger=liger, loss=loss)
+            found = predict(
+                model, ran(name), 2, 8, batch, device,
+                skew=skew or seen, liger=liger, loss=loss, one_pass_norm=norm_of(name),
+            )  # fmt: skip
             said[name] = found.tokens_per_s
         for one in names:
             for other in names:
