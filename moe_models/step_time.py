@@ -92,7 +92,8 @@ def step_time(
     chunked: bool = True,
     one_pass_norm: bool = True,
 ) -> StepTime:
-    """Seconds of one optimizer step of the slowest rank; ``skew`` as in ``memory.rank_load``, the rest in ``predict``."""
+    """Seconds of one optimizer step of the slowest rank; ``skew`` as in ``memory.rank_load``, the rest as in
+    ``predict``."""
     sizes, spread = states.sizes, states.spread
     load = rank_load(skew, sizes.num_experts, layout.ep_size) if spread else 1.0
     compute = work.accumulation * _compute(ds, sizes, layout, work, device, spread, load, liger, chunked)

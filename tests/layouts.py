@@ -23,9 +23,9 @@ plan, plan_search = importlib.import_module("plan"), importlib.import_module("pl
 
 __all__ = [
     "BENCHED",
+    "CALLS",
     "CUT",
     "FINE",
-    "CALLS",
     "FIRST_CALL",
     "LAST_CALL",
     "MEASURED",

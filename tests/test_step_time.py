@@ -17,8 +17,8 @@ SLOW_HOST = "third call, fine ZeRO-3, 1"
 has the first; the order of the layouts is asked of both."""
 
 HOST_BOUND = {name for name in BENCHED if name.startswith("last call, fine") and name.endswith(", 1")}
-"""In these too, and that host was not steady: minutes later it took 401 to 431 ms for the step of "fine trainer, 1" (494
-here), and 417 to 459 for that of "fine bare, 1" (449 and 554)."""
+"""In these too, and that host was not steady: minutes later it took 401 to 431 ms for the step of "fine trainer, 1"
+(494 here), and 417 to 459 for that of "fine bare, 1" (449 and 554)."""
 
 
 def earlier(name: str) -> tuple[float, float]:
