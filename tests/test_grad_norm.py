@@ -23,9 +23,9 @@ Tiny = Callable[[str], Path]
 
 def norms_of_a_run(source: str, out: str, config: dict[str, Any], **options: Any) -> list[tuple[float, float]]:
     """Runs on the ranks: (norm in one pass, DeepSpeed's) of each step, of the same gradients."""
-    from moe_models import trainer
+    from moe_models import grad_norm, trainer
 
-    seen = []
+    seen, taken = [], []
 
     def take_both(optimizer: Any) -> None:
         norm_in_one_pass(optimizer)
@@ -33,13 +33,17 @@ def norms_of_a_run(source: str, out: str, config: dict[str, Any], **options: Any
 
         def scaled_global_norm() -> torch.Tensor:
             norm = ours()
-            assert norm.device.type == "cpu"
+            assert len(taken) == len(seen) + 1  # it was not left to DeepSpeed
             seen.append((norm.item(), type(optimizer).scaled_global_norm(optimizer).item()))
             return norm
 
         optimizer.scaled_global_norm = scaled_global_norm
 
-    with parity.planted(trainer, "norm_in_one_pass", take_both):
+    def count(*args: Any) -> torch.Tensor:
+        taken.append(1)
+        return local_square(*args)
+
+    with parity.planted(trainer, "norm_in_one_pass", take_both), parity.planted(grad_norm, "local_square", count):
         parity.build_trainer(source, out, config, **options).train()
     return seen
 
