@@ -1,8 +1,8 @@
 """The gradient norm by which DeepSpeed clips: all experts counted, and under ZeRO 1 and 2 taken in one pass.
 
 deepspeed 0.19.8 (``DeepSpeedZeroOptimizer.scaled_global_norm``) copies each gradient to fp64 by itself, sums each of
-its many parameter groups over the ranks on its own, and leaves the norm on the GPU, where the host asks for it in every
-group before that is updated. What that costs on GPUs: benchmarks/speed.md.
+its many parameter groups over the ranks on its own (those of experts twice), and leaves the norm on the GPU, where the
+host asks for it in every group before that is updated. What that costs on GPUs: benchmarks/speed.md.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch.distributed as dist
 
 
 def norm_in_one_pass(optimizer: Any) -> None:
-    """Let a ZeRO 1 or 2 optimizer take the norm of all gradients with one kernel, one sum over the ranks, one wait.
+    """Let a ZeRO 1 or 2 optimizer take the norm of all gradients with one fused call, one sum over the ranks, one wait.
 
-    Left as it is: any other optimizer, offload to the CPU, tensor parallelism, fp16's scaled Muon updates.
+    Left as it is: any other optimizer (DeepSpeed takes ``BF16_Optimizer`` for ZeRO 1 with fp32 accumulation), offload
+    to the CPU, tensor parallelism, and Muon, whose updates need another scale. All ranks decide alike.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
         return
-    original = optimizer.scaled_global_norm
+    if optimizer.model_parallel_group is not None or "muon" in type(optimizer.optimizer).__name__.lower():
+        return
 
     def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
-        if norm_type != 2 or optimizer.model_parallel_group is not None or optimizer.groups_lacking_loss_scale:
-            theirs: torch.Tensor = original(norm_type)
-            return theirs
+        assert norm_type == 2, "only L2 norm supported"  # as in DeepSpeed
         # Every element lies on one rank of the data-parallel group: experts on the ranks that hold them, and of what
         # several ranks hold each its partition.
         groups = optimizer.averaged_gradients.values()
@@ -43,7 +43,7 @@ def norm_in_one_pass(optimizer: Any) -> None:
 def local_square(gradients: list[torch.Tensor], device: Any) -> torch.Tensor:
     """The sum of squares of all elements, fp64 on ``device``.
 
-    CUDA's fused kernel adds up in a tree, for which fp32 is enough (1e-6); the CPU's adds up in a row and takes fp64.
+    CUDA's fused kernels add up in a tree, for which fp32 is enough (1e-6); the CPU's adds up in a row and takes fp64.
     """
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)

@@ -2,7 +2,7 @@
 
 A model, not a measurement. Bytes on the wire are those of ``traffic.py``, which its test compares with live runs; rates
 are the device's (``devices.json`` or a calibration). What no rate says stands here as a constant. They were fitted
-together to runs on 2 and 4 H200s, bf16, and rounded; the 37 of the pinned versions counted more (``tests/layouts.py``
+together to runs on 2 and 4 H200s, bf16, and rounded; those of ``recipes/bench.py`` counted more (``tests/layouts.py``
 has them all, ``test_step_time.py`` holds the fit, ``benchmarks/plan.md`` says how good it is).
 """
 
@@ -227,8 +227,9 @@ def _calls(flow: Flow, ds: DsConfig, sizes: ModelSizes, work: Work) -> int:
 def _optimizer(ds: DsConfig, states: StateBytes, device: Device, work: Work, one_pass_norm: bool) -> float:
     if "optimizer" not in offloaded(ds):
         checked = ds.zero_stage < 3 and ds.raw.get("bf16", {}).get("check_grad_overflow", True)
-        own_norm = ds.zero_stage == 3 or ds.tp_size > 1 or not one_pass_norm
-        moved = states.partition * (ADAM_BYTES + own_norm * OWN_NORM_BYTES + checked * CHECK_BYTES)
+        fp32_sums = ds.raw.get("data_types", {}).get("grad_accum_dtype") == "fp32"  # at ZeRO 1 another optimizer's
+        taken = one_pass_norm and ds.tp_size == 1 and (ds.zero_stage == 2 or (ds.zero_stage == 1 and not fp32_sums))
+        moved = states.partition * (ADAM_BYTES + (not taken) * OWN_NORM_BYTES + checked * CHECK_BYTES)
         return moved / (device.memory_gb_per_s * 1e9)
     backs = work.accumulation if states.stage > 1 else 1
     moved = states.partition * BF16 * (backs + (0 if "weights" in offloaded(ds) else 1))

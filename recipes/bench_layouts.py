@@ -21,6 +21,7 @@ from moe_models.config import DsConfig, load_ds_config, read_json
 from moe_models.errors import UserError
 from moe_models.families import FAMILIES, moe_blocks
 from moe_models.layout import divisors
+from moe_models.liger import no_kernels
 from moe_models.preflight import check_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +112,8 @@ def _read(word: str, model_config: Mapping[str, Any], world_size: int, scratch: 
         raise UserError(problem.replace(f"{path}: ", f"{word}: ") for problem in error.problems) from error
     problems = check_run(ds, model_config, world_size) + _not_here(ds, kind)
     problems += compile_problems(ds, switches["compile"], switches["liger"])
+    if switches["liger"] and (why := no_kernels(model_config["model_type"])):
+        problems.append(f"+liger: {why}; drop it")
     if problems:
         raise UserError(f"{word}: {problem}" for problem in problems)
     return BenchLayout(name=name, kind=kind, json=raw, ep_size=ds.ep_size, **switches)

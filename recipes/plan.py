@@ -33,6 +33,7 @@ from rich.table import Table
 from moe_models.devices import device_names, read_device
 from moe_models.errors import UserError, exit_with
 from moe_models.inputs import read_model_config
+from moe_models.liger import no_kernels
 from moe_models.predict import GIB
 from plan_search import Plan, Request, nothing_fits, search
 
@@ -92,6 +93,8 @@ def read(arguments: argparse.Namespace) -> Request:
         problems += error.problems
     try:
         config = read_model_config(arguments.model_name_or_path)
+        if arguments.use_liger_kernel and (why := no_kernels(config["model_type"])):
+            problems.append(f"--use_liger_kernel: {why}; drop the flag")
     except UserError as error:
         problems += error.problems
     if problems or device is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from moe_models.liger import liger_problems
+from moe_models import liger
+from moe_models.errors import UserError
 from tests import parity
 from tests.cluster import Cluster
 
@@ -67,20 +69,65 @@ def test_kernels_that_are_another_function_are_seen(
         clusters(2).run(train_with_kernels, str(tiny_checkpoints("mixtral")), str(tmp_path), True)
 
 
+def a_model(name: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A user's own subclass of a model whose modeling module holds these names."""
+    module = ModuleType(f"transformers.models.{name}")
+    vars(module).update(names)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(liger, "_SHIPPED", {})
+    theirs = type("Model", (), {"__module__": module.__name__})
+    return type("Mine", (theirs,), {})()
+
+
+def test_the_module_of_a_subclassed_model_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = a_model("invented", {"norm": "shipped"}, monkeypatch)
+    module = sys.modules["transformers.models.invented"]
+    liger.remember_shipped(model)
+    module.norm = "kernel"
+    liger.remember_shipped(model)  # of a second trainer
+    with liger.as_shipped():
+        assert module.norm == "shipped"
+        with liger.as_shipped():
+            assert module.norm == "shipped"
+    assert module.norm == "kernel"
+
+
+def test_kernels_that_were_there_before_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = type("LigerRMSNorm", (), {"__module__": "liger_kernel.transformers.rms_norm"})
+    model = a_model("invented", {"Norm": kernel, "other": 1}, monkeypatch)
+    with pytest.raises(ValueError, match=r"already stand in transformers\.models\.invented \(Norm\)"):
+        liger.remember_shipped(model)
+
+
+NO_KERNELS = "Liger has no kernels for olmoe, only for deepseek_v2, deepseek_v3, mixtral, qwen3_moe"
+
+
 def test_what_is_missing_is_said_before_a_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(liger_problems("mixtral", on_gpu=False)) == [
+    assert list(liger.liger_problems("mixtral", on_gpu=False)) == [
         "--use_liger_kernel: Liger's kernels need a GPU; drop the flag"
     ]
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
-    (line,) = liger_problems("mixtral", on_gpu=True)
+    (line,) = liger.liger_problems("mixtral", on_gpu=True)
     assert line.startswith("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel==")
-    patches = ModuleType("liger_kernel.transformers.monkey_patch")
-    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"mixtral": None}
-    for name in ("liger_kernel", "liger_kernel.transformers"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, patches.__name__, patches)
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: True)
-    assert list(liger_problems("mixtral", on_gpu=True)) == []
-    assert list(liger_problems("olmoe", on_gpu=True)) == [
-        "--use_liger_kernel: Liger has no kernels for olmoe; drop the flag"
-    ]
+    assert list(liger.liger_problems("mixtral", on_gpu=True)) == []
+    assert list(liger.liger_problems("olmoe", on_gpu=True)) == [f"--use_liger_kernel: {NO_KERNELS}; drop the flag"]
+
+
+def test_planner_and_bench_refuse_what_would_do_nothing(tmp_path: Path) -> None:
+    from tests.test_bench import recipe
+
+    config = {"model_type": "olmoe", "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2,
+              "vocab_size": 64, "max_position_embeddings": 64}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = recipe("plan")
+    with pytest.raises(UserError) as refused:
+        plan.read(plan.parse(["--model_name_or_path", str(tmp_path), "--gpus", "2", "--device", "h200",
+                              "--seq_length", "64", "--use_liger_kernel"]))  # fmt: skip
+    assert refused.value.problems == [f"--use_liger_kernel: {NO_KERNELS}; drop the flag"]
+    json_file = tmp_path / "ep.json"
+    json_file.write_text(json.dumps(parity.ds_config(1, 2, bf16={"enabled": True})))
+    with pytest.raises(UserError) as refused:
+        recipe("bench_layouts").read_layouts([f"{json_file}+liger"], config, 2, tmp_path)
+    assert refused.value.problems == [f"{json_file}+liger: +liger: {NO_KERNELS}; drop it"]
