@@ -58,6 +58,8 @@ class Family:
     """Whether the HF router hands out its weights in fp32, so that the weighted sum of a bf16 model is fp32 too."""
     returns_aux_loss: bool = True
     """Whether the HF class returns ``aux_loss`` (DeepSeek's do not: they balance by bias or not at all)."""
+    liger_kernels: bool = False
+    """Whether liger-kernel 0.8.5 has kernels for it; for others transformers leaves the model as it is, silently."""
 
     def num_experts(self, config: Mapping[str, Any]) -> int:
         """Expert count E of a model with this ``config.json``. Raises KeyError if it does not say."""
@@ -113,6 +115,7 @@ FAMILIES: dict[str, Family] = {
             hub_block="block_sparse_moe",
             hub_expert_names={"gate": "w1", "up": "w3", "down": "w2"},
             fp32_scores=True,
+            liger_kernels=True,
         ),
         Family(
             model_type="qwen2_moe",
@@ -128,6 +131,7 @@ FAMILIES: dict[str, Family] = {
             expert_size_key="moe_intermediate_size",
             autoep_preset="qwen3_moe",
             hub_expert_names=_PROJ,
+            liger_kernels=True,
         ),
         Family(
             model_type="olmoe",  # arXiv 2409.02060
@@ -144,6 +148,7 @@ FAMILIES: dict[str, Family] = {
             hub_expert_names=_PROJ,
             returns_aux_loss=False,
             fp32_scores=True,
+            liger_kernels=True,
         ),
         Family(
             model_type="deepseek_v3",  # arXiv 2412.19437
@@ -153,6 +158,7 @@ FAMILIES: dict[str, Family] = {
             hub_expert_names=_PROJ,
             returns_aux_loss=False,
             fp32_scores=True,
+            liger_kernels=True,
         ),
         Family(
             model_type="prmoe",  # arXiv 2201.05596; ours: moe_models/prmoe.py registers it with transformers

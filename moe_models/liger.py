@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-WITH_KERNELS = ("deepseek_v2", "deepseek_v3", "mixtral", "qwen3_moe")
-"""Of our families, those that liger-kernel 0.8.5 knows; for others transformers leaves the model as it is, silently."""
+from moe_models.families import FAMILIES
 
 _SHIPPED: dict[str, dict[str, Any]] = {}
 
@@ -21,10 +20,9 @@ def remember_shipped(model: Any) -> None:
 
     Raises ValueError if they stand there already.
     """
-    classes = type(model).__mro__  # a user's own class may come first
-    for name in {cls.__module__ for cls in classes if cls.__module__.startswith("transformers.models.")} - set(
-        _SHIPPED
-    ):
+    for name in {cls.__module__ for cls in type(model).__mro__}:  # a user's own class may come first
+        if not name.startswith("transformers.models.") or name in _SHIPPED:
+            continue
         meanings = dict(vars(sys.modules[name]))
         taken = sorted(
             key for key, value in meanings.items() if str(getattr(value, "__module__", "")).startswith("liger_kernel")
@@ -50,20 +48,19 @@ def as_shipped() -> Iterator[None]:
             vars(sys.modules[name]).update(meanings)
 
 
-def no_kernels(model_type: str) -> str | None:
-    """Why Liger does nothing for a family, or None if it does."""
-    if model_type in WITH_KERNELS:
-        return None
-    return f"Liger has no kernels for {model_type}, only for {', '.join(WITH_KERNELS)}"
+def no_kernels(config: Mapping[str, Any], flag: str) -> Iterator[str]:
+    """A line if Liger does nothing for the family of this ``config.json``; what is no family is refused elsewhere."""
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is not None and not family.liger_kernels:
+        known = ", ".join(sorted(name for name, family in FAMILIES.items() if family.liger_kernels))
+        yield f"{flag}: Liger has no kernels for {family.model_type}, only for {known}; drop it"
 
 
-def liger_problems(model_type: str, *, on_gpu: bool) -> Iterator[str]:
-    """Why ``--use_liger_kernel`` cannot do anything here: transformers would find out after loading, or say nothing."""
+def cannot_run(flag: str, *, on_gpu: bool) -> Iterator[str]:
+    """A line if Liger's kernels cannot run here, which transformers would find out after loading."""
     from transformers.utils import is_liger_kernel_available
 
-    if why := no_kernels(model_type):
-        yield f"--use_liger_kernel: {why}; drop the flag"
     if not on_gpu:
-        yield "--use_liger_kernel: Liger's kernels need a GPU; drop the flag"
+        yield f"{flag}: Liger's kernels need a GPU; drop it"
     elif not is_liger_kernel_available():
-        yield "--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel==0.8.5, or drop the flag"
+        yield f"{flag}: liger-kernel is not installed; pip install liger-kernel==0.8.5, or drop it"

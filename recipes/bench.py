@@ -37,7 +37,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,8 @@ def main(words: list[str] | None = None) -> int:
             model_config = read_config(args)
             check_numbers(args, model_config)
             layouts = read_layouts(args.deepspeed, model_config, args.num_gpus, Path(scratch))
-            if any(layout.liger for layout in layouts) and find_spec("liger_kernel") is None:
-                raise UserError("+liger: liger-kernel is not installed; pip install liger-kernel (needs a GPU)")
+            if any(layout.liger for layout in layouts):
+                check_liger()
             jobs = make_jobs(args, layouts, model_config, Path(scratch))
 
             def report(rows: list[dict[str, Any]]) -> None:
@@ -71,6 +70,15 @@ def main(words: list[str] | None = None) -> int:
     print(table(rows))
     print(f"written: {args.output_dir}/bench.json, bench.md, bench.png, calibration.json")
     return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+def check_liger() -> None:
+    """Raises UserError if Liger's kernels cannot run here."""
+    from moe_models.cpu import on_cpu
+    from moe_models.liger import cannot_run
+
+    if problems := list(cannot_run("+liger", on_gpu=not on_cpu())):
+        raise UserError(problems)
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:

@@ -112,8 +112,8 @@ def _read(word: str, model_config: Mapping[str, Any], world_size: int, scratch: 
         raise UserError(problem.replace(f"{path}: ", f"{word}: ") for problem in error.problems) from error
     problems = check_run(ds, model_config, world_size) + _not_here(ds, kind)
     problems += compile_problems(ds, switches["compile"], switches["liger"])
-    if switches["liger"] and (why := no_kernels(model_config["model_type"])):
-        problems.append(f"+liger: {why}; drop it")
+    if switches["liger"]:
+        problems += no_kernels(model_config, "+liger")
     if problems:
         raise UserError(f"{word}: {problem}" for problem in problems)
     return BenchLayout(name=name, kind=kind, json=raw, ep_size=ds.ep_size, **switches)

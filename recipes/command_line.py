@@ -242,7 +242,7 @@ def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str
     from moe_models.compiled import compile_problems
     from moe_models.cpu import on_cpu
     from moe_models.hf_folder import parse_size
-    from moe_models.liger import liger_problems
+    from moe_models.liger import cannot_run, no_kernels
     from moe_models.preflight import length_problems, reentrant_problems
     from moe_models.sequence_parallel import sequence_parallel_flags
 
@@ -251,7 +251,8 @@ def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str
         wanted = bool(given.torch_compile or given.torch_compile_backend or given.torch_compile_mode)
         problems += [*sequence_parallel_flags(given, ds), *compile_problems(ds, wanted, given.use_liger_kernel)]
     if given.use_liger_kernel:
-        problems += liger_problems(model_config.get("model_type", ""), on_gpu=not on_cpu())
+        flag = "--use_liger_kernel"
+        problems += [*no_kernels(model_config, flag), *cannot_run(flag, on_gpu=not on_cpu())]
     if given.use_peft or given.load_in_4bit or given.load_in_8bit:
         problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
     if given.trust_remote_code:

@@ -93,8 +93,8 @@ def read(arguments: argparse.Namespace) -> Request:
         problems += error.problems
     try:
         config = read_model_config(arguments.model_name_or_path)
-        if arguments.use_liger_kernel and (why := no_kernels(config["model_type"])):
-            problems.append(f"--use_liger_kernel: {why}; drop the flag")
+        if arguments.use_liger_kernel:
+            problems += no_kernels(config, "--use_liger_kernel")
     except UserError as error:
         problems += error.problems
     if problems or device is None:

@@ -26,8 +26,6 @@ __all__ = [
     "CALLS",
     "CUT",
     "FINE",
-    "FIRST_CALL",
-    "LAST_CALL",
     "MEASURED",
     "MIXTRAL_8X7B",
     "ROOT",

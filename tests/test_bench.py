@@ -21,7 +21,7 @@ from moe_models.errors import UserError
 from moe_models.flops import train_flops
 from moe_models.sizes import model_sizes
 from tests.cluster import Cluster
-from tests.parity import ds_config
+from tests.parity import ds_config, planted
 from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,15 @@ KINDS: list[tuple[str, str, int, int | None]] = [
 
 def measure_rows(folder: str) -> list[dict[str, Any]]:
     """One row of each kind in the same processes, as bench_worker.py does; says too how much each left behind."""
-    worker = recipe("bench_worker")
+    from moe_models.trainer import MoETrainer
+
+    worker, train, epochs = recipe("bench_worker"), MoETrainer.train, []
+
+    def remember_epoch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = train(self, *args, **kwargs)
+        epochs.append(self.state.epoch)
+        return result
+
     rows: list[dict[str, Any]] = []
     for name, kind, stage, ep_size in KINDS:
         path = Path(folder) / f"{kind}{stage}-{os.environ['RANK']}.json"
@@ -59,8 +67,10 @@ def measure_rows(folder: str) -> list[dict[str, Any]]:
             "attn_implementation": "sdpa", "tokens": "uniform", "seed": 0,
         }  # fmt: skip
         before = live_bytes()
-        rows.append(worker.run_job(job, torch.device("cpu")))
-        rows[-1] |= {"name": name, "left_over": live_bytes() - before}
+        with planted(MoETrainer, "train", remember_epoch):
+            rows.append(worker.run_job(job, torch.device("cpu")))
+        rows[-1] |= {"name": name, "left_over": live_bytes() - before, "epochs": [*epochs]}
+        epochs.clear()
     return rows
 
 
@@ -85,6 +95,13 @@ def test_every_kind_of_row_trains_the_same_function_on_the_same_tokens(rows: lis
     # fp32, four steps at a learning rate of 1e-5: what is left is the order of sums.
     assert [row["loss"] for row in rows] == pytest.approx([rows[0]["loss"]] * len(rows), rel=1e-5)
     assert rows[0]["loss"] == pytest.approx(4.5, abs=0.6)  # about ln 64: with these weights nothing is known yet
+
+
+def test_the_loader_has_rows_left_at_the_end(rows: list[dict[str, Any]]) -> None:
+    """Where it runs dry it stops its workers, within the last step."""
+    epochs = [epoch for row in rows for epoch in row["epochs"]]
+    assert len(epochs) == 2
+    assert max(epochs) < 1
 
 
 def test_times_and_shares_are_those_of_steps(rows: list[dict[str, Any]]) -> None:

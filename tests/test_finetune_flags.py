@@ -8,10 +8,7 @@ from typing import Any
 import pytest
 
 from tests import test_finetune_cli
-from tests.recipe import (
-    ForkedRecipe,
-    command,
-)
+from tests.recipe import ForkedRecipe, command
 from tests.test_finetune_cli import PRESETS, alone, ds_json, refused
 
 data = test_finetune_cli.data
@@ -29,6 +26,16 @@ def test_missing_paths_are_all_named(recipe: ForkedRecipe, tmp_path: Path) -> No
         f"{here}/no.json: no such file",
         f"data set {here}/no.jsonl: no such file or folder; {allowed}",
         f"data set {here}/no.txt: no such file or folder; {allowed}",
+    )  # fmt: skip
+
+
+def test_a_model_that_is_not_there_says_nothing_of_kernels(recipe: ForkedRecipe, data: Path, tmp_path: Path) -> None:
+    where, out = tmp_path / "no/model", tmp_path / "out"
+    ended = recipe(command(where, data, PRESETS / "zero1_ep2.json", out, use_liger_kernel=True), WORLD_SIZE="2")
+    refused(
+        ended, out,
+        f"{where}: no such folder; give a model folder or a hub id such as mistralai/Mixtral-8x7B-v0.1",
+        "--use_liger_kernel: Liger's kernels need a GPU; drop it",
     )  # fmt: skip
 
 
@@ -126,7 +133,7 @@ FLAG_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "Liger without a GPU": (
         {"use_liger_kernel": True, "report_to": "none"},
-        ["--use_liger_kernel: Liger's kernels need a GPU; drop the flag"],
+        ["--use_liger_kernel: Liger's kernels need a GPU; drop it"],
     ),
     "precision beside the JSON": (
         {"fp16": True},

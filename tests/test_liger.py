@@ -17,8 +17,8 @@ from tests import parity
 from tests.cluster import Cluster
 
 
-def train_with_kernels(source: str, out: str, wrong_rope: bool) -> tuple[dict[str, Any], list[str], bool]:
-    """Runs on the ranks: (what `train_case` says, devices whose tensors the kernels met, kernels still in place).
+def train_with_kernels(source: str, out: str, wrong_rope: bool) -> tuple[dict[str, Any], int, bool]:
+    """Runs on the ranks: (what `train_case` says, calls of the kernels, whether they are still in place).
 
     As Liger's, the kernels replace names in the modeling module when training starts, and cannot make a new model.
     """
@@ -26,14 +26,14 @@ def train_with_kernels(source: str, out: str, wrong_rope: bool) -> tuple[dict[st
     import transformers.trainer
     from transformers.models.mixtral import modeling_mixtral
 
-    rope, met = modeling_mixtral.apply_rotary_pos_emb, []
+    rope, calls = modeling_mixtral.apply_rotary_pos_emb, []
 
     class NormOfKernels(torch.nn.Module):
         def __init__(self, *args: Any) -> None:
             raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
 
     def rope_of_kernels(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        met.append(q.device.type)
+        calls.append(1)
         return rope(q, k, cos, -sin if wrong_rope else sin, *args, **kwargs)
 
     def apply_kernels(model: Any, config: Any) -> None:
@@ -44,7 +44,7 @@ def train_with_kernels(source: str, out: str, wrong_rope: bool) -> tuple[dict[st
     try:
         with parity.planted(transformers.trainer, "apply_liger_kernel", apply_kernels):
             result = parity.train_case(source, out, parity.ds_config(1, 2), use_liger_kernel=True)
-        return result, met, modeling_mixtral.MixtralRMSNorm is NormOfKernels
+        return result, len(calls), modeling_mixtral.MixtralRMSNorm is NormOfKernels
     finally:
         modeling_mixtral.MixtralRMSNorm, modeling_mixtral.apply_rotary_pos_emb = norm, rope
 
@@ -55,9 +55,9 @@ def test_an_export_is_proven_by_plain_transformers(
     """The reloaded model meets none of the kernels; afterwards they are back for the training that goes on."""
     source = str(tiny_checkpoints("mixtral"))
     results = clusters(2).run(train_with_kernels, source, str(tmp_path), False)
-    for _, met, in_place in results:
+    for _, calls, in_place in results:
         assert in_place
-        assert len(met) == 2 * (parity.STEPS + 1)  # two layers; five steps and the probe of the export
+        assert calls == 2 * (parity.STEPS + 1)  # two layers; five steps and the probe of the export
     assert results[0][0]["proof"].same_top1 == 1.0
 
 
@@ -99,19 +99,25 @@ def test_kernels_that_were_there_before_are_refused(monkeypatch: pytest.MonkeyPa
         liger.remember_shipped(model)
 
 
-NO_KERNELS = "Liger has no kernels for olmoe, only for deepseek_v2, deepseek_v3, mixtral, qwen3_moe"
-
-
 def test_what_is_missing_is_said_before_a_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(liger.liger_problems("mixtral", on_gpu=False)) == [
-        "--use_liger_kernel: Liger's kernels need a GPU; drop the flag"
-    ]
+    assert list(liger.cannot_run("+liger", on_gpu=False)) == ["+liger: Liger's kernels need a GPU; drop it"]
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
-    (line,) = liger.liger_problems("mixtral", on_gpu=True)
-    assert line.startswith("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel==")
+    (line,) = liger.cannot_run("+liger", on_gpu=True)
+    assert line.startswith("+liger: liger-kernel is not installed; pip install liger-kernel==")
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: True)
-    assert list(liger.liger_problems("mixtral", on_gpu=True)) == []
-    assert list(liger.liger_problems("olmoe", on_gpu=True)) == [f"--use_liger_kernel: {NO_KERNELS}; drop the flag"]
+    assert list(liger.cannot_run("+liger", on_gpu=True)) == []
+
+
+NO_KERNELS = "Liger has no kernels for olmoe, only for deepseek_v2, deepseek_v3, mixtral, qwen3_moe; drop it"
+
+
+@pytest.mark.parametrize(
+    ("config", "lines"),
+    [({"model_type": "olmoe"}, [f"--flag: {NO_KERNELS}"]), ({"model_type": "mixtral"}, []),
+     ({"model_type": "gpt2"}, []), ({}, [])],  # the last two are refused elsewhere
+)  # fmt: skip
+def test_families_without_kernels(config: dict[str, Any], lines: list[str]) -> None:
+    assert list(liger.no_kernels(config, "--flag")) == lines
 
 
 def test_planner_and_bench_refuse_what_would_do_nothing(tmp_path: Path) -> None:
@@ -122,12 +128,14 @@ def test_planner_and_bench_refuse_what_would_do_nothing(tmp_path: Path) -> None:
               "vocab_size": 64, "max_position_embeddings": 64}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     plan = recipe("plan")
+    words = ["--model_name_or_path", str(tmp_path), "--gpus", "2", "--device", "h200", "--seq_length", "64"]
     with pytest.raises(UserError) as refused:
-        plan.read(plan.parse(["--model_name_or_path", str(tmp_path), "--gpus", "2", "--device", "h200",
-                              "--seq_length", "64", "--use_liger_kernel"]))  # fmt: skip
-    assert refused.value.problems == [f"--use_liger_kernel: {NO_KERNELS}; drop the flag"]
+        plan.read(plan.parse([*words, "--use_liger_kernel"]))
+    assert refused.value.problems == [f"--use_liger_kernel: {NO_KERNELS}"]
     json_file = tmp_path / "ep.json"
     json_file.write_text(json.dumps(parity.ds_config(1, 2, bf16={"enabled": True})))
     with pytest.raises(UserError) as refused:
         recipe("bench_layouts").read_layouts([f"{json_file}+liger"], config, 2, tmp_path)
-    assert refused.value.problems == [f"{json_file}+liger: +liger: {NO_KERNELS}; drop it"]
+    assert refused.value.problems == [f"{json_file}+liger: +liger: {NO_KERNELS}"]
+    with pytest.raises(UserError, match=r"\+liger: Liger's kernels need a GPU; drop it"):
+        recipe("bench").check_liger()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moe_models.devices import Device, read_device
@@ -9,7 +11,20 @@ from moe_models.flops import train_flops
 from moe_models.memory import Loss
 from moe_models.predict import GIB, Prediction, predict
 from moe_models.sizes import model_sizes
-from tests.layouts import BENCHED, CALLS, CUT, MEASURED, MIXTRAL_8X7B, ROOT, as_before, layout_of, ran, work
+from tests.layouts import (
+    BENCHED,
+    CALLS,
+    CUT,
+    MEASURED,
+    MIXTRAL_8X7B,
+    ROOT,
+    as_before,
+    from_raw,
+    layout_of,
+    plan_search,
+    ran,
+    work,
+)  # fmt: skip
 
 H200 = read_device("h200")
 SLOW_HOST = "third call, fine ZeRO-3, 1"
@@ -95,6 +110,23 @@ def test_order_of_layouts_measured_side_by_side(call: str, shape: str, micro: in
             for other in names:
                 if BENCHED[one][4] > 1.05 * BENCHED[other][4]:
                     assert said[one] > said[other], (one, other)
+
+
+@pytest.mark.parametrize(
+    ("stage", "tp", "sums", "one_pass"),
+    [(1, 1, None, True), (2, 1, None, True), (2, 1, "fp32", True), (1, 1, "bf16", True), (1, 1, "fp32", False),
+     (1, 2, None, False), (3, 1, None, False)],
+)  # fmt: skip
+def test_where_the_norm_is_taken_in_one_pass(stage: int, tp: int, sums: str | None, one_pass: bool) -> None:
+    """As ``grad_norm.norm_in_one_pass`` decides; elsewhere it is DeepSpeed's own, with or without MoETrainer."""
+    layout = plan_search.build(stage, 2, tp, 1, "")
+    if sums:
+        layout = from_raw({**layout.raw, "data_types": {"grad_accum_dtype": sums}})
+    layout = replace(layout, tp_size=tp)
+    ours, theirs = (
+        predict(CUT, layout, 4, 8, work(1), H200, one_pass_norm=norm).time.optimizer for norm in (True, False)
+    )
+    assert ours == pytest.approx(theirs * (72 / 110 if one_pass else 1), rel=1e-9)
 
 
 def test_flops_of_the_measured_run() -> None:
