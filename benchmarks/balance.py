@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests import parity
-from tests.cluster import Cluster
+from tests.support import parity
+from tests.support.cluster import Cluster
 
 ROW, LAYERS, EXPERTS = 64, 2, 8
 METHODS: list[tuple[str, str, dict[str, Any]]] = [
@@ -58,7 +58,7 @@ def save_skewed(folder: Path, skew: str, rows: list[dict[str, list[int]]], stren
     """A random Mixtral with bent routers."""
     import torch
 
-    from tests.tiny import make_model
+    from tests.support.tiny import make_model
 
     model = make_model(
         "mixtral", num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96, num_local_experts=EXPERTS,

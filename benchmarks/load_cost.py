@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_models.families import FAMILIES
-from moe_models.load_stats import LoadStats
-from moe_models.router_tap import RouterTap, find_routers
+from moe_models.families.table import FAMILIES
+from moe_models.routing.load import LoadStats
+from moe_models.routing.tap import RouterTap, find_routers
 
 STEPS = 5
 

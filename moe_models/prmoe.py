@@ -7,7 +7,8 @@ transformers has no such architecture, so this one is Mixtral's with two additio
 - *pyramid*: ``num_local_experts`` is a list, the experts of each layer; later layers should have more.
 
 With one expert per token its output is weighed by its probability, with more by their share, as DeepSpeed's gate does.
-This is the plain model that runs in one process; ``moe_models/native.py`` spreads it. To load a checkpoint of it::
+This is the plain model that runs in one process; ``moe_models/engine/native.py`` spreads it. To load a checkpoint of
+it::
 
     import moe_models.prmoe
     model = AutoModelForCausalLM.from_pretrained(folder)

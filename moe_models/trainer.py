@@ -9,8 +9,9 @@ and accelerate. What is added here, and why:
 - A loss, gradient or weight that is not finite ends the run before it can reach a checkpoint.
 - Weight decay spares norms and biases, as it does in a Trainer without DeepSpeed.
 - After ``deepspeed.initialize`` the AutoEP blocks are counted.
-- A checkpoint of another layout can be resumed (``moe_models/relayout.py``).
-- Native layers (``moe_models/native.py``): their own balancing loss joins the loss, and their drop rate is logged.
+- A checkpoint of another layout can be resumed (``moe_models/checkpoint/resume.py``).
+- Native layers (``moe_models/engine/native.py``): their own balancing loss joins the loss, and their drop rate is
+  logged.
 - The load of the experts is logged with the loss, and balanced as ``"moe": {"balance": ...}`` says.
 """
 
@@ -29,24 +30,24 @@ from accelerate.utils import DummyOptim
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from moe_models.autoep import check_replaced, register_presets, restore_rotary_buffers
-from moe_models.checkpoint import export
-from moe_models.checkpoint_engine import EngineSource, is_writer
-from moe_models.families import FAMILIES, Family
-from moe_models.flops import train_flops
-from moe_models.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
-from moe_models.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
-from moe_models.inputs import LAYOUT_FILE
-from moe_models.liger import remember_shipped
-from moe_models.moe_schema import Balance
-from moe_models.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
-from moe_models.preflight import reentrant_problems
-from moe_models.proof import ExportProof, prove_folder, record_logits
-from moe_models.relayout import any_layout, describe_engine
-from moe_models.routing import Routing
-from moe_models.sizes import model_sizes
-from moe_models.ulysses import UlyssesTrainer
-from moe_models.weight_decay import decay_groups
+from moe_models.checkpoint.export import export
+from moe_models.checkpoint.from_engine import EngineSource, is_writer
+from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
+from moe_models.checkpoint.proof import ExportProof, prove_folder, record_logits
+from moe_models.checkpoint.resume import any_layout, describe_engine
+from moe_models.config.moe_section import Balance
+from moe_models.engine.autoep import check_replaced, register_presets, restore_rotary_buffers
+from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
+from moe_models.engine.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
+from moe_models.engine.plain_transformers import remember_shipped
+from moe_models.engine.ulysses import UlyssesTrainer
+from moe_models.engine.weight_decay import decay_groups
+from moe_models.families.flops import train_flops
+from moe_models.families.sizes import model_sizes
+from moe_models.families.table import FAMILIES, Family
+from moe_models.preflight.paths import LAYOUT_FILE
+from moe_models.preflight.run import reentrant_problems
+from moe_models.routing.callback import Routing
 
 MODEL_FOLDER = "model"
 """Where ``save_model()`` without a folder puts the Hugging Face checkpoint, inside ``output_dir``."""
@@ -63,7 +64,7 @@ class MoETrainer(UlyssesTrainer):
     """SFTTrainer for HF MoE models under DeepSpeed; takes the same arguments.
 
     Raises:
-        ValueError: if the model's ``model_type`` is not in :data:`~moe_models.families.FAMILIES`, or if flags of
+        ValueError: if the model's ``model_type`` is not in :data:`~moe_models.families.table.FAMILIES`, or if flags of
             activation checkpointing, packing or attention cannot be honoured.
         RuntimeError: when training starts, if AutoEP did not replace exactly the model's MoE blocks.
         TrainingStoppedError: during training, when loss, gradient norm or weights are not finite.
@@ -145,7 +146,7 @@ class MoETrainer(UlyssesTrainer):
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add how evenly tokens were spread: see :data:`moe_models.load_stats.LOGGED`."""
+        """Add how evenly tokens were spread: see :data:`moe_models.routing.load.LOGGED`."""
         logs.update(self.routing.figures(logs, self.state.global_step, self.args.output_dir))
         super().log(logs, *args, **kwargs)
 

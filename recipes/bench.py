@@ -40,8 +40,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_layouts import CHANGES, BenchLayout, read_layouts
-from bench_report import finish_rows, table, write_report
+from moe_models.bench.layouts import CHANGES, BenchLayout, read_layouts
+from moe_models.bench.table import finish_rows, table, write_report
 from moe_models.errors import UserError, exit_with
 
 HERE = Path(__file__).resolve().parent
@@ -74,8 +74,8 @@ def main(words: list[str] | None = None) -> int:
 
 def check_liger() -> None:
     """Raises UserError if Liger's kernels cannot run here."""
-    from moe_models.cpu import on_cpu
-    from moe_models.liger import cannot_run
+    from moe_models.engine.cpu import on_cpu
+    from moe_models.engine.plain_transformers import cannot_run
 
     if problems := list(cannot_run("+liger", on_gpu=not on_cpu())):
         raise UserError(problems)
@@ -116,8 +116,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 
 def read_config(args: argparse.Namespace) -> dict[str, Any]:
     """config.json with the depth asked for. Raises UserError."""
-    from moe_models.config import read_json
-    from moe_models.inputs import read_model_config
+    from moe_models.config.ds_config import read_json
+    from moe_models.preflight.paths import read_model_config
 
     if args.config_name and Path(args.config_name).is_file():
         config = read_json(args.config_name)
@@ -128,8 +128,8 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_numbers(args: argparse.Namespace, model_config: dict[str, Any]) -> None:
     """Raise UserError for numbers that cannot be."""
-    from moe_models.preflight import length_problems
-    from moe_models.sizes import model_sizes
+    from moe_models.families.sizes import model_sizes
+    from moe_models.preflight.run import length_problems
 
     problems = [
         f"--{name} {value}: must be at least {least}"
@@ -228,7 +228,7 @@ def launch(
     where = ["--include", f"localhost:{visible}"] if visible else ["--num_gpus", str(args.num_gpus)]
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", *where,
-        "--master_port", str(free_port()), str(HERE / "bench_worker.py"), str(path),
+        "--master_port", str(free_port()), str(HERE.parent / "moe_models" / "bench" / "worker.py"), str(path),
     ]  # fmt: skip
     environment = {
         **os.environ,

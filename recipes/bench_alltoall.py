@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_report import write
+from moe_models.bench.table import write
 from moe_models.errors import UserError, exit_with
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -75,7 +75,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--routing", help="expert_load.jsonl of a run: its last training step, layer by layer.")
     parser.add_argument(
         "--link_gb_per_s", type=float,
-        help="10^9 bytes a second that a GPU can send; without it the figure of moe_models/devices.json.",
+        help="10^9 bytes a second that a GPU can send; without it the figure of moe_models/planner/devices.json.",
     )  # fmt: skip
     parser.add_argument("--largest_mib", type=float, default=512, help="Largest message of the sweep.")
     parser.add_argument("--repeats", type=int, default=20, help="Calls of which the median counts.")
@@ -85,11 +85,11 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def read_inputs(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """(config.json, for each case the share of all routes that each expert gets). Raises UserError."""
-    from moe_models.collectives import recorded, skewed
-    from moe_models.config import read_json
-    from moe_models.inputs import read_model_config
-    from moe_models.layout import size_problems
-    from moe_models.sizes import model_sizes
+    from moe_models.bench.collectives import recorded, skewed
+    from moe_models.config.ds_config import read_json
+    from moe_models.config.layout import size_problems
+    from moe_models.families.sizes import model_sizes
+    from moe_models.preflight.paths import read_model_config
 
     name = args.config_name or args.model_name_or_path
     config = read_json(name) if Path(name).is_file() else read_model_config(name)
@@ -122,7 +122,7 @@ def start() -> Any:
     import deepspeed
     import torch
 
-    from moe_models.cpu import join_cpu_ranks, on_cpu
+    from moe_models.engine.cpu import join_cpu_ranks, on_cpu
 
     if on_cpu():
         join_cpu_ranks()
@@ -141,17 +141,17 @@ def measure(args: argparse.Namespace, config: dict[str, Any], cases: dict[str, l
     import torch
     import torch.distributed as dist
 
-    from moe_models.collectives import exchange, sweep
-    from moe_models.devices import link_gb_per_s
-    from moe_models.layout import Layout
-    from moe_models.machine import (
+    from moe_models.bench.collectives import exchange, sweep
+    from moe_models.bench.machine import (
         grouped_matmul_efficiency,
         matmul_tflops,
         memory_gb_per_s,
         reserved_gib,
         usable_gib,
     )
-    from moe_models.sizes import model_sizes
+    from moe_models.config.layout import Layout
+    from moe_models.families.sizes import model_sizes
+    from moe_models.planner.devices import link_gb_per_s
 
     sizes = model_sizes(config)
     usable = usable_gib(device)

@@ -23,9 +23,9 @@ from rich.box import MINIMAL, SQUARE
 from rich.console import Console
 from rich.table import Table
 
+from moe_models.config.layout import Groups, Layout
 from moe_models.errors import UserError, exit_with
-from moe_models.inputs import read_model_config
-from moe_models.layout import Groups, Layout
+from moe_models.preflight.paths import read_model_config
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's parser is asked, and would look for a GPU
 
@@ -64,7 +64,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print everything that is known of the run. Raises UserError with every error, after the warnings are printed."""
-    from moe_models.config import load_ds_config
+    from moe_models.config.ds_config import load_ds_config
 
     problems: list[str] = []
     found: dict[str, Any] = {}
@@ -82,9 +82,9 @@ def run(arguments: argparse.Namespace) -> None:
     if problems:
         raise UserError(problems)
 
-    from moe_models.preflight import check_run, length_problems, warnings_for_run
-    from moe_models.sizes import model_sizes
-    from moe_models.traffic import Work, traffic
+    from moe_models.families.sizes import model_sizes
+    from moe_models.planner.traffic import Work, traffic
+    from moe_models.preflight.run import check_run, length_problems, warnings_for_run
 
     ds, config = found["ds"], found["config"]
     per_node = min(arguments.gpus_per_node, max(1, arguments.world_size))
@@ -162,7 +162,7 @@ def _cell(layout: Layout, rank: int, num_experts: int, spread: bool) -> str:
 
 def groups_table(layout: Layout, per_node: int, spread: bool) -> Table:
     """Every kind of process group: how many, how large, their first ranks, and whether they stay inside a node."""
-    from moe_models.traffic import spans_nodes
+    from moe_models.planner.traffic import spans_nodes
 
     table = Table(box=MINIMAL, title="process groups", title_justify="left", title_style="bold")
     for name in ("group", "ranks share", "groups", "the first", "nodes"):
@@ -205,7 +205,7 @@ def _first(groups: Groups) -> str:
 
 def memory_lines(ds: Any, sizes: Any, layout: Layout, element_bytes: int) -> str:
     """The model's size, and what one rank keeps of it."""
-    from moe_models.shares import offloaded, state_bytes
+    from moe_models.planner.shares import offloaded, state_bytes
 
     states, elsewhere = state_bytes(ds, sizes, layout, element_bytes), offloaded(ds)
     parts = " + ".join(f"{name} {amount(count)}" for name, count in states.items() if name not in elsewhere)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_models.errors import UserError, tell
-from moe_models.nodes import ranks_per_node, several_nodes
+from moe_models.nodes.meeting import ranks_per_node, several_nodes
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -31,7 +31,7 @@ class RecipeArguments:
 
 def read_checkpoint_config(name: str) -> dict[str, Any]:
     """config.json of a model folder or hub id."""
-    from moe_models.inputs import read_model_config
+    from moe_models.preflight.paths import read_model_config
 
     return read_model_config(name)
 
@@ -66,9 +66,9 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     else:
         parser, given, ds, model_config = check(words, about, flags)
 
-    from moe_models.cpu import adapt_for_cpu, join_cpu_ranks, on_cpu
-    from moe_models.preflight import warnings_for_run
-    from moe_models.traffic import Work
+    from moe_models.engine.cpu import adapt_for_cpu, join_cpu_ranks, on_cpu
+    from moe_models.planner.traffic import Work
+    from moe_models.preflight.run import warnings_for_run
 
     values = vars(given)
     notes: list[str] = []
@@ -113,8 +113,8 @@ def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, An
     found, model_config, json_is_sound = check_paths(words, flags)
     told = not several_nodes() and tell(found, rank=RANK)  # several nodes first look whose problems these are
 
-    from moe_models.config import load_ds_config
-    from moe_models.preflight import check_run
+    from moe_models.config.ds_config import load_ds_config
+    from moe_models.preflight.run import check_run
 
     parser, given, problems = parse_flags(words, about, flags)
     ds = None
@@ -133,8 +133,8 @@ def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, An
 
 def check_with_other_nodes(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, ...]:
     """:func:`check` on every node, and the comparison of what must be equal on all of them."""
-    from moe_models.nodes import Meeting
-    from moe_models.watch import start
+    from moe_models.nodes.meeting import Meeting
+    from moe_models.nodes.watch import start
 
     problems, checked = [], None
     try:
@@ -153,8 +153,8 @@ def check_with_other_nodes(words: list[str], about: str, flags: ModelFlags) -> t
 
 def node_facts(words: list[str], kind: ModelFlags) -> dict[str, dict[str, str]]:
     """What must be equal on every node; what cannot be read is left out, for :func:`check_paths` has a line for it."""
-    from moe_models.config import read_json
-    from moe_models.node_facts import data_facts, flag_facts, json_facts, version_facts
+    from moe_models.config.ds_config import read_json
+    from moe_models.nodes.facts import data_facts, flag_facts, json_facts, version_facts
 
     flags = flag_facts(words)
     given = {name.lstrip("-").replace("-", "_"): value for name, value in flags.items()}
@@ -169,8 +169,8 @@ def node_facts(words: list[str], kind: ModelFlags) -> dict[str, dict[str, str]]:
 
 def check_paths(words: list[str], kind: ModelFlags) -> tuple[list[str], dict[str, Any] | None, bool]:
     """(problems with the flags that name files and folders, the model's config.json, whether the JSON can be read)."""
-    from moe_models.config import read_json
-    from moe_models.inputs import check_dataset_path, check_output_dir
+    from moe_models.config.ds_config import read_json
+    from moe_models.preflight.paths import check_dataset_path, check_output_dir
 
     required = (*kind.required, "dataset_name", "deepspeed", "output_dir")
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -202,8 +202,8 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
     """(parser, what it understood, a line for every flag that it did not)."""
     from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-    from moe_models.cpu import on_cpu
     from moe_models.data import GPU_LOADER
+    from moe_models.engine.cpu import on_cpu
 
     kinds = (ScriptArguments, kind.arguments, SFTConfig, ModelConfig)
     parser = TrlParser(kinds, description=about, allow_abbrev=False)
@@ -239,12 +239,12 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
 
 def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str]:
     """Flags of TRL that this recipe cannot honour, or that cannot fit the model or the JSON."""
-    from moe_models.compiled import compile_problems
-    from moe_models.cpu import on_cpu
-    from moe_models.hf_folder import parse_size
-    from moe_models.liger import cannot_run, no_kernels
-    from moe_models.preflight import length_problems, reentrant_problems
-    from moe_models.sequence_parallel import sequence_parallel_flags
+    from moe_models.checkpoint.hf_folder import parse_size
+    from moe_models.engine.cpu import on_cpu
+    from moe_models.engine.plain_transformers import cannot_run, no_kernels
+    from moe_models.preflight.run import length_problems, reentrant_problems
+    from moe_models.preflight.sequence_parallel import sequence_parallel_flags
+    from moe_models.preflight.torch_compile import compile_problems
 
     problems = []
     if ds is not None:
@@ -295,7 +295,7 @@ def resume_value(value: str | None) -> bool | str | None:
 
 def describe(ds: Any) -> str:
     """The layout in one line."""
-    from moe_models.layout import Layout
+    from moe_models.config.layout import Layout
 
     name = Layout(WORLD_SIZE, ds.ep_size, ds.tp_size, ds.sp_size).describe(ds.zero_stage)
     return f"{name}  ({ds.path})"

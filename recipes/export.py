@@ -45,9 +45,9 @@ def parse() -> argparse.Namespace:
 
 def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
     """Export ``checkpoint`` to ``output_dir``. Raises UserError for input that cannot work."""
-    from moe_models.families import FAMILIES, HAS_SELECTION_BIAS
-    from moe_models.hf_folder import ExportError, parse_size, refuse_foreign_folder
-    from moe_models.inputs import read_model_config
+    from moe_models.checkpoint.hf_folder import ExportError, parse_size, refuse_foreign_folder
+    from moe_models.families.table import FAMILIES, HAS_SELECTION_BIAS
+    from moe_models.preflight.paths import read_model_config
 
     problems: list[str] = []
     max_shard_bytes = 0
@@ -76,9 +76,9 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
     from rich.progress import Progress
     from transformers import AutoConfig
 
-    from moe_models.checkpoint import export
-    from moe_models.checkpoint_folder import FolderSource
-    from moe_models.routing import BIAS_FILE
+    from moe_models.checkpoint.export import export
+    from moe_models.checkpoint.from_folder import FolderSource
+    from moe_models.routing.callback import BIAS_FILE
 
     source = FolderSource(checkpoint, family)
     try:

@@ -5,8 +5,8 @@
     # two nodes, 256 sequences in a step; write the ds_config of the best layout (recipes/check.py accepts it)
     python recipes/plan.py ... --gpus 16 --gpus_per_node 8 --global_batch_size 256 --write ds_configs/mine.json
 
-    # with figures measured on your machine (docs/calibration.md) in the place of those of moe_models/devices.json
-    python recipes/plan.py ... --calibration bench.json all_to_all.json
+    # with figures measured on your machine (docs/calibration.md) in the place of those of
+    moe_models/planner/devices.json python recipes/plan.py ... --calibration bench.json all_to_all.json
 
 It compares ZeRO 1 to 3 x expert (EP), tensor (TP) and sequence (SP) parallelism x micro-batch x activation
 checkpointing x offload, as far as the preflight accepts them, at the same tokens per optimizer step: the peak memory of
@@ -30,12 +30,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moe_models.devices import device_names, read_device
+from moe_models.engine.plain_transformers import no_kernels
 from moe_models.errors import UserError, exit_with
-from moe_models.inputs import read_model_config
-from moe_models.liger import no_kernels
-from moe_models.predict import GIB
-from plan_search import Plan, Request, nothing_fits, search
+from moe_models.planner.devices import device_names, read_device
+from moe_models.planner.predict import GIB
+from moe_models.planner.search import Plan, Request, nothing_fits, search
+from moe_models.preflight.paths import read_model_config
 
 MEASURED_GPUS = 4
 """Most GPUs that the step-time model was compared with."""

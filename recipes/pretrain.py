@@ -39,8 +39,8 @@ class PretrainArguments(RecipeArguments):
 
 def read_config(name: str) -> dict[str, Any]:
     """The architecture, from a file in the form of config.json or a folder that holds one."""
-    from moe_models.config import read_json
-    from moe_models.inputs import read_model_config
+    from moe_models.config.ds_config import read_json
+    from moe_models.preflight.paths import read_model_config
 
     return read_json(name) if Path(name).is_file() else read_model_config(name)
 
@@ -51,9 +51,9 @@ def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
     import moe_models.prmoe  # noqa: F401 (for AutoConfig)
+    from moe_models.checkpoint.hf_folder import without_zero3
+    from moe_models.config.deepspeed_keys import unknown_key
     from moe_models.data import check_chat_template
-    from moe_models.ds_schema import unknown_key
-    from moe_models.hf_folder import without_zero3
 
     given = read_config(recipe.config_name)
     try:

@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 import moe_models
 from moe_models.errors import UserError
-from moe_models.upcycle import upcycle
+from moe_models.upcycle.upcycle import upcycle
 
 CACHE = Path(".cache/quickstart")
 NUM_EXPERTS, TOP_K = 4, 2
@@ -81,7 +81,8 @@ def find_packages() -> dict[str, Path]:
 
 def make_stamp(packages: dict[str, Path]) -> str:
     """Changes when anything does that the cache is made from: this file, the upcycling code, the packages."""
-    code = [Path(__file__), *(Path(moe_models.__path__[0]) / name for name in ("upcycle.py", "dense.py"))]
+    upcycling = Path(moe_models.__path__[0]) / "upcycle"
+    code = [Path(__file__), upcycling / "upcycle.py", upcycling / "dense_folder.py"]
     versions = [importlib.metadata.version(name) for name in (*packages, "transformers")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in code) + repr(versions).encode()).hexdigest()
 

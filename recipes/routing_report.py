@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_models.errors import UserError, exit_with
-from moe_models.families import FAMILIES, Family, moe_blocks
+from moe_models.families.table import FAMILIES, Family, moe_blocks
 
 if TYPE_CHECKING:  # torch and transformers are imported when they are needed: --help takes no seconds
     from moe_models.report.history import History
@@ -153,7 +153,7 @@ def read_family(checkpoint: Path) -> tuple[Family, dict[str, Any]]:
     from transformers import AutoConfig
 
     import moe_models.prmoe  # noqa: F401 (for AutoConfig)
-    from moe_models.inputs import read_model_config
+    from moe_models.preflight.paths import read_model_config
 
     if not checkpoint.is_dir():
         raise UserError(f"--checkpoint {checkpoint}: no such folder; give a Hugging Face model folder")

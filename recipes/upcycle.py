@@ -31,7 +31,7 @@ from rich.table import Table
 from transformers.utils import logging as hf_logging
 
 from moe_models.errors import UserError, exit_with
-from moe_models.upcycle import RouterInit, UpcycleReport, upcycle
+from moe_models.upcycle.upcycle import RouterInit, UpcycleReport, upcycle
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*"]
 

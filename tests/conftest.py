@@ -14,9 +14,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 
-from tests import support_matrix
-from tests.cluster import Cluster
-from tests.hosts import namespaces_permitted
+from tests.support import support_matrix
+from tests.support.cluster import Cluster
+from tests.support.hosts import namespaces_permitted
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,7 +57,7 @@ def clusters() -> Iterator[Callable[[int], Cluster]]:
 @pytest.fixture(scope="session")
 def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``tiny_checkpoints(model_type)``: a random fp32 checkpoint of the family in the hub layout, made once."""
-    from tests.tiny import save_tiny
+    from tests.support.tiny import save_tiny
 
     made: dict[str, Path] = {}
 

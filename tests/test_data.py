@@ -15,8 +15,17 @@ import pytest
 
 from moe_models.data import load_rows
 from moe_models.errors import UserError
-from tests.cluster import Cluster
-from tests.recipe import ROOT, command, save_model, start_in_cluster, text_rows, word_tokenizer, words, write_jsonl
+from tests.support.cluster import Cluster
+from tests.support.recipe import (
+    ROOT,
+    command,
+    save_model,
+    start_in_cluster,
+    text_rows,
+    word_tokenizer,
+    words,
+    write_jsonl,
+)
 
 EOS, USER, ASSISTANT = 2, 3, 4
 DS_CONFIG = ROOT / "ds_configs" / "zero1_ep2.json"

@@ -14,19 +14,19 @@ import torch
 from torch.nn.functional import linear, silu
 
 import moe_models.prmoe  # noqa: F401 (for AutoModelForCausalLM)
-from moe_models.config import load_ds_config
+from moe_models.config.ds_config import load_ds_config
+from moe_models.config.moe_section import MoeLayer
+from moe_models.engine.native import native_blocks, register_deepspeed_moe
 from moe_models.errors import UserError
-from moe_models.families import FAMILIES
-from moe_models.moe_schema import MoeLayer
-from moe_models.native import native_blocks, register_deepspeed_moe
-from moe_models.preflight import check_run
-from tests import parity, roundtrip
-from tests.cluster import Cluster
-from tests.report import recipe
-from tests.test_native import native_config
-from tests.test_parity import check_case, references  # noqa: F401
-from tests.test_roundtrip import assert_offline_equals_live
-from tests.tiny import TINY
+from moe_models.families.table import FAMILIES
+from moe_models.preflight.run import check_run
+from tests.checkpoint.test_roundtrip import assert_offline_equals_live
+from tests.support import parity, roundtrip
+from tests.support.cluster import Cluster
+from tests.support.report import recipe
+from tests.support.tiny import TINY
+from tests.training.test_native import native_config
+from tests.training.test_parity import check_case, references  # noqa: F401
 
 IDS = torch.arange(3, 63).view(3, 20)
 PRMOE = {**TINY["mixtral"], "model_type": "prmoe", "num_local_experts": [4, 8], "num_experts_per_tok": 1}
@@ -180,7 +180,7 @@ def train_without_bias(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """A fault: the bias of the coefficient is lost on the way into the native layer."""
     from torch import nn
 
-    import moe_models.native as native
+    import moe_models.engine.native as native
 
     right = native.register_deepspeed_moe
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_models.errors import UserError
-from moe_models.routing import LOAD_FILE
+from moe_models.routing.callback import LOAD_FILE
 
 MAX_COLUMNS = 120
 MAX_CELLS = 300_000

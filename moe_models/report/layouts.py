@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_models.config import read_json
-from moe_models.ds_schema import ExpertParallel
+from moe_models.config.deepspeed_keys import ExpertParallel
+from moe_models.config.ds_config import read_json
+from moe_models.config.layout import Layout, size_problems
+from moe_models.config.moe_section import Moe
 from moe_models.errors import UserError
-from moe_models.layout import Layout, size_problems
-from moe_models.moe_schema import Moe
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
 """Numbers of GPUs that the page offers."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_models.families import Family
-from moe_models.router_tap import find_routers
+from moe_models.families.table import Family
+from moe_models.routing.tap import find_routers
 
 ROW = 480
 """Tokens of one forward pass at most; a document longer than that is cut."""

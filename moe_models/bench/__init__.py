@@ -1,0 +1,1 @@
+"""Layouts and links, measured. Imports: everything above."""

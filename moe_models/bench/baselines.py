@@ -1,0 +1,146 @@
+"""The loops that recipes/bench.py compares MoETrainer with: a bare deepspeed.initialize, and transformers' own EP.
+
+Model, tokens, optimizer and clipping are those of ``loops.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_models.bench.clock import Clock
+from moe_models.bench.model import ADAMW, CLIP, build_model, destroy, load_figures, make_rows, mean_of_ranks
+from moe_models.routing.load import LoadStats
+
+
+def run_bare(job: dict[str, Any], clock: Clock, device: torch.device) -> dict[str, Any]:
+    """A deepspeed.initialize loop as DeepSpeed's documentation writes it, on the model's own loss."""
+    import deepspeed
+
+    from moe_models.config.ds_config import load_ds_config
+    from moe_models.engine.autoep import register_presets
+    from moe_models.engine.cpu import adapt_for_cpu
+
+    config = copy.deepcopy(load_ds_config(job["json_path"]).deepspeed)
+    if device.type != "cuda":
+        config = adapt_for_cpu(config)[0]
+    params = config.get("optimizer", {}).get("params", {})
+    params.update({key: ADAMW[key] for key, value in params.items() if value == "auto"})
+    config |= {
+        "train_micro_batch_size_per_gpu": job["micro_batch"],
+        "gradient_accumulation_steps": job["accumulation"],
+        "gradient_clipping": CLIP,
+    }
+    config.pop("train_batch_size", None)
+    register_presets()
+    model = build_model(job, device)
+    if job["checkpointing"]:
+        model.gradient_checkpointing_enable()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    tap = _Tap(engine.module, job, device)
+    clock.on_profile = tap.attach
+    clock.begin(engine.optimizer)
+    loss = torch.zeros((), device=device)
+    for step in _batches(job, clock, device):
+        tap.new_step()
+        for batch in step:
+            output = engine(**batch)
+            engine.backward(output.loss)
+            engine.step()
+            loss += output.loss.detach() / (len(step) * clock.total)
+        clock.step_end()
+    figures = {"loss": mean_of_ranks(loss), **tap.read()}
+    destroy(engine)
+    return figures
+
+
+def run_transformers_ep(job: dict[str, Any], clock: Clock, device: torch.device) -> dict[str, Any]:
+    """transformers' expert parallelism: FSDP2 on one mesh, the experts on another; fp32 weights, bf16 computation.
+
+    torch's clip_grad_norm_ refuses gradients on two meshes, so the norm is the sum over every rank's shards: no two
+    ranks hold the same element.
+    """
+    from transformers.distributed import DistributedConfig
+
+    world = dist.get_world_size()
+    model = build_model(job, device)
+    if device.type == "cuda":
+        model = model.float()
+    layout = DistributedConfig(ep_size=job["ep_size"], fsdp_size=world, fsdp_mixed_precision=device.type == "cuda")
+    layout, _, meshes = type(model).prepare_distribute_model(layout)
+    model = type(model).maybe_distribute_model(model, layout, meshes)
+    if job["checkpointing"]:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, fused=device.type == "cuda")
+    tap = _Tap(model, job, device)
+    clock.on_profile = tap.attach
+    clock.begin(optimizer)
+    loss = torch.zeros((), device=device)
+    for step in _batches(job, clock, device):
+        tap.new_step()
+        for index, batch in enumerate(step):
+            model.set_requires_gradient_sync(index == len(step) - 1)
+            output = model(**batch)
+            (output.loss / len(step)).backward()
+            loss += output.loss.detach() / (len(step) * clock.total)
+        clip_shards(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.step_end()
+    return {"loss": mean_of_ranks(loss), **tap.read()}
+
+
+@torch.no_grad()
+def clip_shards(parameters: Any, limit: float) -> torch.Tensor:
+    """Scale gradients that are DTensors without replicas to a norm of at most ``limit``; returns the norm."""
+    shards = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm([shard for shard in shards if shard.numel()])
+    squares = torch.stack(norms).float().square().sum()
+    dist.all_reduce(squares)
+    norm = squares.sqrt()
+    torch._foreach_mul_(shards, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _batches(job: dict[str, Any], clock: Clock, device: torch.device) -> Any:
+    """For each optimizer step the micro-batches of this rank, as a data collator makes them."""
+    rows = make_rows(job, clock.total)
+    shape = (clock.total, job["accumulation"], dist.get_world_size(), job["micro_batch"], job["seq_length"])
+    for step in rows.view(shape):
+        ids = step[:, dist.get_rank()].to(device)
+        yield [
+            {"input_ids": x, "labels": x, "attention_mask": torch.ones_like(x), "use_cache": False}
+            for x in ids.unbind()
+        ]
+
+
+class _Tap:
+    """Counts the routers' choices in the profiled steps of a loop that has no MoETrainer."""
+
+    def __init__(self, model: Any, job: dict[str, Any], device: torch.device) -> None:
+        self._model, self._job, self._device = model, job, device
+        self._stats: LoadStats | None = None
+
+    def attach(self) -> None:
+        """Put the hooks in."""
+        from moe_models.families.table import FAMILIES
+        from moe_models.routing.tap import RouterTap, find_routers
+
+        config = self._job["model_config"]
+        family = FAMILIES[config["model_type"]]
+        routers = find_routers(self._model, family, config)
+        blocks, experts = [router.block for router in routers], family.expert_counts(config)
+        self._stats = LoadStats(blocks, experts, self._job["ep_size"], routers[0].score_func, self._device)
+        RouterTap(self._model, routers, self._stats)
+
+    def new_step(self) -> None:
+        """Count the coming optimizer step alone."""
+        if self._stats is not None:
+            self._stats.reset(training=True)
+
+    def read(self) -> dict[str, float]:
+        """The load of the last step."""
+        return load_figures(self._stats)

@@ -1,0 +1,1 @@
+"""From the engine or its checkpoints to Hugging Face folders and other layouts. Imports: engine, config, families."""

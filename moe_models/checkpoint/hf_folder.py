@@ -1,0 +1,299 @@
+"""Writing a Hugging Face model folder that is complete or absent, never half.
+
+Tensors arrive one by one and leave in shards, so the writer holds one shard at most. Everything goes into a hidden
+sibling folder first (``.NAME.writing``); :meth:`HFFolderWriter.finish` renames it only after every expected tensor has
+been seen once, with its shape, its dtype and finite values, and everything has reached the disk. An earlier export is
+moved to ``.NAME.previous`` for the moment between two renames; if the process dies right there, the next export into
+the same place puts it back first.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from moe_models.engine.plain_transformers import as_shipped
+
+DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+"""What ``save_pretrained`` used for years; hub pages and loaders are fine with it."""
+
+INDEX_NAME = "model.safetensors.index.json"
+
+_WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|selection_bias\.json")
+_COMPANIONS = re.compile(
+    r"config\.json|generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt"
+    r"|spiece\.model|sentencepiece\..*|chat_template\..*|additional_chat_templates"
+)
+"""With the weights, all that an export writes; a folder that holds anything else is not replaced."""
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class ExportError(RuntimeError):
+    """The folder cannot be completed; the message names every tensor that is at fault. Nothing was left behind."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``"5GB"`` (decimal) or ``"5GiB"`` (binary). Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is not a size; write it as 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+class HFFolderWriter:
+    """Collects hub-named tensors into ``folder`` as safetensors shards plus index.
+
+    Args:
+        folder: the final place; it must not exist, be empty, or hold an earlier export and nothing else.
+        expected: hub name -> (shape, dtype) of every tensor that the finished folder must hold.
+        max_shard_bytes: a shard is written when the next tensor would make it larger.
+
+    Raises:
+        ExportError: from ``__init__`` if ``folder`` holds something that is not an export, or another process is
+            writing there; from :meth:`add` for an unknown, repeated, misshapen or non-finite tensor, or one of another
+            dtype; from :meth:`close_weights` for missing ones; from all of them if the disk refuses.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    ) -> None:
+        self.folder = Path(os.path.realpath(folder))  # "." has no name, and a link must not be renamed
+        self._expected = dict(expected)
+        self._max_shard_bytes = max_shard_bytes
+        self._shard: dict[str, torch.Tensor] = {}
+        self._shard_bytes = 0
+        self._shard_files: list[tuple[str, list[str]]] = []
+        self._seen: set[str] = set()
+        self.total_bytes = 0
+        self.total_parameters = 0
+        restore_previous(self.folder)
+        refuse_foreign_folder(self.folder)
+        self.staging = self.folder.with_name(f".{self.folder.name}.writing")
+        if self.staging.exists():
+            os.close(_lock(self.staging))  # a living export holds the lock; what a crash left is free
+            shutil.rmtree(self.staging)
+        self.staging.mkdir(parents=True)
+        self._lock_fd = _lock(self.staging)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor (CPU, any stride). It must own its memory or be copied here: shards outlive the caller."""
+        if name not in self._expected:
+            raise ExportError(f"{name}: not a tensor of this model's Hugging Face checkpoint")
+        if name in self._seen:
+            raise ExportError(f"{name}: arrived twice")
+        shape, dtype = self._expected[name]
+        if tuple(tensor.shape) != tuple(shape):
+            raise ExportError(f"{name}: has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.dtype != dtype:
+            raise ExportError(f"{name}: is {tensor.dtype}, expected {dtype}")
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ExportError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
+        nbytes = tensor.numel() * tensor.element_size()
+        if self._shard and self._shard_bytes + nbytes > self._max_shard_bytes:
+            self._flush()
+        self._seen.add(name)
+        # A slice of a gathered tensor would keep the whole gathered tensor alive, so it is copied.
+        owns_memory = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == nbytes
+        self._shard[name] = tensor if owns_memory else tensor.contiguous().clone()
+        self._shard_bytes += nbytes
+        self.total_bytes += nbytes
+        self.total_parameters += tensor.numel()
+
+    def _flush(self) -> None:
+        if not self._shard:
+            return
+        file = self.staging / f"shard-{len(self._shard_files):05d}.safetensors"
+        file.touch()
+        mode = file.stat().st_mode  # what the user's umask says; safetensors would let only the owner read it
+        try:
+            save_file(self._shard, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # it is no OSError, even for a full disk
+            raise ExportError(f"{file}: cannot be written: {error}") from error
+        file.chmod(mode)
+        self._shard_files.append((file.name, list(self._shard)))
+        self._shard, self._shard_bytes = {}, 0
+
+    def close_weights(self) -> None:
+        """Write the last shard and the index; raises :class:`ExportError` naming every tensor that never came."""
+        missing = [name for name in self._expected if name not in self._seen]
+        if missing:
+            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise ExportError(f"{len(missing)} of {len(self._expected)} tensors are missing: {shown}")
+        self._flush()
+        count = len(self._shard_files)
+        if count == 1:
+            os.replace(self.staging / self._shard_files[0][0], self.staging / "model.safetensors")
+            return
+        weight_map = {}
+        for i, (file, names) in enumerate(self._shard_files, start=1):
+            final = f"model-{i:05d}-of-{count:05d}.safetensors"
+            os.replace(self.staging / file, self.staging / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {
+            "metadata": {"total_size": self.total_bytes, "total_parameters": self.total_parameters},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        (self.staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+    def finish(self) -> Path:
+        """Rename the staging folder to its final name, replacing an earlier export, and return it."""
+        for file in self.staging.rglob("*"):  # a network file system may report a full disk only here
+            _sync(file)
+        _sync(self.staging)
+        replace_folder(self.staging, self.folder)
+        os.close(self._lock_fd)
+        return self.folder
+
+    def discard(self) -> None:
+        """Remove what was written so far."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        os.close(self._lock_fd)
+
+
+def _lock(folder: Path) -> int:
+    """Lock ``folder`` for this process, until the returned descriptor is closed or the process dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ExportError(f"{folder}: another export is writing there; wait for it or give a new folder") from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Raise :class:`ExportError` if writing to ``folder`` would destroy anything but an earlier HF export."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ExportError(f"{folder}: is a file, not a folder")
+    entries = sorted(folder.iterdir())
+    known = (_WEIGHT_FILES, _COMPANIONS)
+    foreign = [entry.name for entry in entries if not any(pattern.fullmatch(entry.name) for pattern in known)]
+    if foreign or (entries and not (folder / "config.json").exists()):
+        what = f" (it holds {foreign[0]})" if foreign else ""
+        raise ExportError(f"{folder}: is not empty and is not an earlier export{what}; give a new folder")
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def restore_previous(folder: Path) -> None:
+    """Put an earlier export back that a process had moved away when it died between two renames."""
+    if _previous(folder).exists() and not folder.exists():
+        os.replace(_previous(folder), folder)
+
+
+def replace_folder(staging: Path, final: Path) -> None:
+    """Give ``staging`` the name ``final``. Each state that a crash can leave holds at least one whole folder."""
+    previous = _previous(final)
+    if previous.exists():
+        shutil.rmtree(previous)
+    if final.exists():
+        os.replace(final, previous)
+    os.replace(staging, final)
+    _sync(final.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
+    """Module-layout name -> shape of every tensor a checkpoint of this config holds, in model order.
+
+    Built on the meta device: no memory, no weights. Tied tensors appear once, as ``save_pretrained`` writes them.
+    """
+    model = _meta_model(config)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+
+
+def tied_names(config: Any) -> set[str]:
+    """Module-layout names of the tensors that are another one's memory, and so not part of a checkpoint."""
+    return set(getattr(_meta_model(config), "all_tied_weights_keys", None) or {})
+
+
+def kept_in_fp32(config: Any) -> re.Pattern[str] | None:
+    """Matches the names of tensors that transformers holds in fp32 in a model of any dtype (DeepSeek-V3's bias)."""
+    patterns = getattr(_meta_model(config), "_keep_in_fp32_modules_strict", None) or ()
+    return re.compile("|".join(sorted(p.replace("*", ".*") for p in patterns))) if patterns else None
+
+
+def _meta_model(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with without_zero3(), as_shipped(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Let transformers build whole models in here; in a ZeRO-3 run it would partition them over the ranks."""
+    from transformers.integrations import deepspeed as hf_deepspeed
+
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if reference is not None and reference() is not None:
+            hf_deepspeed.set_hf_deepspeed_config(reference())
+
+
+def save_companions(
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    tokenizer: Any | None = None,
+    generation_config: Any | None = None,
+) -> None:
+    """Write config.json (with the dtype that the weights have), tokenizer and generation_config.json."""
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy config, tokenizer and generation config as they are: reading and saving a tokenizer can change its files."""
+    for entry in sorted(source.iterdir()):
+        if not _COMPANIONS.fullmatch(entry.name):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, folder / entry.name)
+        else:
+            shutil.copyfile(entry, folder / entry.name)

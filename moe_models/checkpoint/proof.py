@@ -1,0 +1,131 @@
+"""Proof that an exported folder is the model: plain transformers loads it, holds its bits and says what it said.
+
+Two comparisons, because each is blind where the other sees:
+
+- *Bits*: a checksum of every tensor, and of every expert and projection, taken from the engine's memory by the rank
+  that owns it, against the reloaded model. It is exact in every dtype and needs no token to visit an expert.
+- *Logits* of fixed tokens: that the tensors are also used as the engine uses them (names, gate against up, rotary
+  embedding, routing). In 16 bit it is coarse: one wrong expert of many moves few tokens, and so do ties in routing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_models.checkpoint.from_engine import fingerprint
+from moe_models.checkpoint.hf_folder import ExportError, without_zero3
+from moe_models.engine.plain_transformers import as_shipped
+
+PROBE_SHAPE = (2, 48)
+"""Sequences and tokens of the probe; enough for every expert of a common layer to be chosen."""
+
+# Largest allowed |difference| of logits over their largest magnitude. In fp32 only the order of summation differs. In
+# 16 bit there is one rounding (2^-8 for bf16) per layer and projection, at random, and a token whose two best experts
+# tie may take the other one: medians of 5e-3 were seen with 3 layers, and they grow with the root of the depth. Wrong
+# use of the weights (gate for up, say) moves all logits by their own size.
+RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportProof:
+    """What was compared. Differences are relative to the largest logit."""
+
+    missing_keys: int
+    unexpected_keys: int
+    equal_tensors: int
+    """Tensors (each projection of each expert counts) that hold the same bits as in the engine."""
+    max_logit_difference: float
+    median_logit_difference: float
+    same_top1: float
+    """Share of positions with the same most likely token."""
+
+
+@torch.no_grad()
+def record_logits(engine: Any, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The engine's logits for fixed pseudo-random tokens: (ids [B, T], logits [B, T, V] in fp32 on CPU).
+
+    Collective: expert parallelism needs every rank in the forward pass, so all of them run the same probe.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(0, vocab_size, PROBE_SHAPE, generator=generator)
+    was_training = engine.module.training
+    engine.module.eval()
+    device = next(engine.module.parameters()).device
+    output = engine(input_ids=ids_BT.to(device), use_cache=False)
+    engine.module.train(was_training)
+    return ids_BT, output.logits.float().cpu()
+
+
+@as_shipped()
+@torch.no_grad()
+def prove_folder(
+    folder: Path, ids_BT: torch.Tensor, logits_BTV: torch.Tensor, fingerprints: Mapping[str, int]
+) -> ExportProof:
+    """Load ``folder`` with ``AutoModelForCausalLM.from_pretrained`` and compare it with the engine.
+
+    Args:
+        folder: the Hugging Face folder.
+        ids_BT: the probe of :func:`record_logits`.
+        logits_BTV: what the engine said to it.
+        fingerprints: :attr:`EngineSource.fingerprints <moe_models.checkpoint.export.EngineSource.fingerprints>`.
+
+    Raises:
+        ExportError: if a key is missing or unexpected, a tensor holds other bits than the engine, or the logits differ
+            by more than the dtype explains.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with without_zero3():  # the proof wants the whole model in one process
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing or unexpected or info["mismatched_keys"]:
+        raise ExportError(f"{folder}: reloading finds missing {missing[:4]} and unexpected {unexpected[:4]} keys")
+    reloaded = dict(model_fingerprints(model))
+    differing = [name for name in {**fingerprints, **reloaded} if fingerprints.get(name) != reloaded.get(name)]
+    if differing:
+        shown = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
+        raise ExportError(f"{folder}: the reloaded model holds other bits than the trained one in {shown}")
+    reloaded_BTV = model.eval()(input_ids=ids_BT, use_cache=False).logits.float()
+    scale = logits_BTV.abs().max().clamp_min(1e-12)
+    difference_BT = (reloaded_BTV - logits_BTV).abs().amax(-1) / scale
+    proof = ExportProof(
+        missing_keys=len(missing),
+        unexpected_keys=len(unexpected),
+        equal_tensors=len(reloaded),
+        max_logit_difference=difference_BT.max().item(),
+        median_logit_difference=difference_BT.median().item(),
+        same_top1=(reloaded_BTV.argmax(-1) == logits_BTV.argmax(-1)).float().mean().item(),
+    )
+    tolerance = RELATIVE_TOLERANCE[model.dtype]
+    # The median, in 16 bit: a tie between two experts moves single positions, wrong use of the weights moves most.
+    judged = proof.max_logit_difference if model.dtype == torch.float32 else proof.median_logit_difference
+    if not judged <= tolerance:
+        raise ExportError(
+            f"{folder}: the reloaded model differs from the trained one: logits by {judged:.2e} of their size, "
+            f"{tolerance:.0e} allowed for {model.dtype}"
+        )
+    return proof
+
+
+def model_fingerprints(model: Any) -> Iterator[tuple[str, int]]:
+    """Fingerprint of every tensor of an HF model, experts one by one, under the names that ``EngineSource`` gives."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, tensor in model.state_dict().items():
+        block = name.rpartition(".")[0]
+        if name in tied:
+            continue
+        if name.endswith(".experts.gate_up_proj"):
+            gate_EFD, up_EFD = tensor.chunk(2, dim=1)
+            for e, (gate_FD, up_FD) in enumerate(zip(gate_EFD, up_EFD, strict=True)):
+                yield f"{block}.{e}.gate", fingerprint(gate_FD)
+                yield f"{block}.{e}.up", fingerprint(up_FD)
+        elif name.endswith(".experts.down_proj"):
+            for e, down_DF in enumerate(tensor):
+                yield f"{block}.{e}.down", fingerprint(down_DF)
+        else:
+            yield name, fingerprint(tensor)

@@ -1,0 +1,1 @@
+"""What is done to DeepSpeed, transformers and TRL at run time. Imports: preflight, config, families."""

@@ -1,0 +1,99 @@
+"""What AutoEP needs before ``deepspeed.initialize``, and the proof afterwards that it did what was asked.
+
+DeepSpeed's AutoEP replaces the MoE blocks of a stock HF model inside ``deepspeed.initialize``, from the
+``expert_parallel`` section of the JSON. Source: ``deepspeed/module_inject/auto_ep*.py`` of 0.19.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_models.families.table import Family, moe_blocks
+
+
+def register_presets() -> None:
+    """Teach AutoEP the families of our table that DeepSpeed 0.19.8 has no preset for (OLMoE). Idempotent.
+
+    The pattern keys of ``expert_parallel`` would find the blocks too, but only a preset carries the adapter that points
+    transformers' router-logit recorder at the new router; without it the auxiliary loss has nothing to work on.
+    """
+    from deepspeed.module_inject.auto_ep_presets import registry
+    from deepspeed.module_inject.auto_ep_presets.base import MoEModelPreset, TransformersTopLevelRouterLogitsAdapter
+
+    registry._PRESET_ADAPTERS.setdefault(
+        "olmoe",
+        TransformersTopLevelRouterLogitsAdapter(
+            display_name="OLMoE", hf_model_types=("olmoe",), class_name_fragments=("Olmoe",)
+        ),
+    )
+    registry.PRESET_MODELS.setdefault(
+        "olmoe",
+        MoEModelPreset(
+            moe_layer_pattern=r"model\.layers\.\d+\.mlp",
+            router_pattern="gate",
+            experts_pattern="experts",
+            expert_storage="fused_3d",
+            expert_w1="gate_up_proj",
+            expert_w2="down_proj",
+            expert_w3=None,
+            num_experts_attr="num_experts",
+            top_k_attr="num_experts_per_tok",
+            score_func="softmax",
+            score_apply="post",
+            route_norm=False,  # the model's norm_topk_prob overrides it
+            gate_bias=False,
+            preset_adapter="olmoe",
+            hf_model_types=("olmoe",),
+        ),
+    )
+
+
+def autoep_layers(model: nn.Module) -> dict[str, Any]:
+    """The blocks that AutoEP replaced, by module path."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)}
+
+
+def check_replaced(model: nn.Module, family: Family, config: Mapping[str, Any], ep_size: int) -> None:
+    """Raise RuntimeError unless every MoE block of the model, and nothing else, became an AutoEP layer of ``ep_size``.
+
+    AutoEP skips a block it does not recognise with a debug message; such a block would train with the gradients of its
+    replicas mixed up or its experts all on every rank.
+    """
+    found = autoep_layers(model)
+    expected = set(moe_blocks(family, config))
+    problems = [f"{name} was not replaced" for name in sorted(expected - set(found))]
+    problems += [f"{name} was replaced but is not an MoE block" for name in sorted(set(found) - expected)]
+    for name, layer in found.items():
+        held = layer.experts.w1.ds_shape[0] if hasattr(layer.experts.w1, "ds_shape") else layer.experts.w1.shape[0]
+        if layer.ep_size != ep_size or held * ep_size != family.num_experts(config):
+            problems.append(f"{name} holds {held} of {family.num_experts(config)} experts at ep_size {layer.ep_size}")
+    if problems:
+        raise RuntimeError("AutoEP did not build the layout that the JSON asks for: " + "; ".join(problems))
+
+
+def restore_rotary_buffers(model: nn.Module) -> list[str]:
+    """Rebuild rotary ``inv_freq`` buffers in fp32 where loading made them bf16; returns the module names.
+
+    Under ZeRO-3 transformers builds the model inside ``zero.Init``, which creates buffers in the training dtype. A bf16
+    ``inv_freq`` is off by up to 0.4%: at position 4096 that turns a phase by more than two full circles, silently, and
+    only under that ZeRO stage.
+    """
+    fixed = []
+    for name, module in model.named_modules():
+        inv_freq = module._buffers.get("inv_freq")
+        if inv_freq is None or inv_freq.dtype == torch.float32 or not hasattr(module, "config"):
+            continue
+        fresh = type(module)(module.config)
+        for key, buffer in fresh._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to(device=inv_freq.device, dtype=torch.float32)
+        for key in ("inv_freq", "original_inv_freq"):  # the latter is a plain attribute in some versions
+            if key in fresh.__dict__:
+                setattr(module, key, getattr(fresh, key).to(inv_freq.device))
+        fixed.append(name)
+    return fixed

@@ -1,0 +1,1 @@
+"""What differs between Hugging Face MoE families, read from their config.json. Imports: errors, files."""

@@ -1,0 +1,1 @@
+"""Runs on more than one machine. Imports: the modules on the ground."""

@@ -1,0 +1,126 @@
+"""What ``deepspeed.moe.layer.MoE`` can compute of a model, known from JSON, config.json and world size (torch-free).
+
+Read from deepspeed 0.19.8, ``moe/sharded_moe.py``: the gate takes a softmax over all experts and the k largest; for k
+of 2 and more their weights are divided by their sum, for k = 1 the weight is the probability itself. There are no
+expert groups, no sigmoid scores and no scaling factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from moe_models.config.deepspeed_keys import show
+from moe_models.config.layout import divisors
+from moe_models.config.moe_section import MoeLayer
+from moe_models.families.table import FAMILIES, Family
+
+if TYPE_CHECKING:
+    from moe_models.config.ds_config import DsConfig
+
+_INSTEAD = "use expert_parallel instead (ds_configs/zero1_ep2.json and its siblings), or remove moe.layer"
+
+
+def check_native(ds: DsConfig, layer: MoeLayer, config: Mapping[str, Any], world_size: int) -> list[str]:
+    """All known reasons why native layers cannot train this model with this ds_config."""
+    return [*_zero_problems(ds), *_model_problems(layer, config, world_size)]
+
+
+def inexpressible(layer: MoeLayer, family: Family, config: Mapping[str, Any]) -> list[str]:
+    """One line for each thing in the model's MoE blocks that the layer cannot compute, or that a key asks in vain."""
+    model_type = family.model_type
+    if model_type in ("deepseek_v2", "deepseek_v3"):
+        what = "sigmoid scores and expert groups" if model_type == "deepseek_v3" else "un-normalised, scaled weights"
+        return [f"moe.layer with model_type = {show(model_type)}: the layer has no {what}; {_INSTEAD}"]
+    problems = []
+    k = layer.k or int(config["num_experts_per_tok"])
+    experts = min(family.expert_counts(config))
+    normalised = model_type == "mixtral" or bool(config.get("norm_topk_prob", False))
+    if model_type == "prmoe":  # made after the layer
+        normalised = k > 1
+    if k > experts:
+        problems.append(f"moe.layer.k = {k}: must be 1 to {experts} (the experts)")
+    if k > 1 and not normalised:
+        problems.append(
+            f"config.json: norm_topk_prob = false with {k} experts per token: the layer divides their weights by their "
+            f"sum; {_INSTEAD}"
+        )
+    if k == 1 and normalised:
+        problems.append(
+            "1 expert per token with normalised weights (always 1): the layer weighs a single expert by its "
+            f"probability; {_INSTEAD}"
+        )
+    if config.get("router_jitter_noise"):
+        problems.append(
+            f"config.json: router_jitter_noise = {show(config['router_jitter_noise'])}: the layer's noise is another "
+            'one; set it to 0 (and "noisy_gate_policy": "Jitter" in moe.layer if you want noise)'
+        )
+    for key, value, needs in (
+        ("use_rts", layer.use_rts, 1),
+        ("top2_2nd_expert_sampling", layer.top2_2nd_expert_sampling, 2),
+        ("noisy_gate_policy", layer.noisy_gate_policy == "RSample", 1),
+    ):
+        if value and k != needs:
+            problems.append(
+                f"moe.layer.{key} = {show(getattr(layer, key))} does something at {needs} expert"
+                f"{'s' if needs > 1 else ''} per token only, and there are {k}; remove the key"
+            )
+    if layer.aux_loss == "layer" and not config.get("router_aux_loss_coef", 0.001):
+        problems.append(
+            'moe.layer.aux_loss = "layer" does nothing with router_aux_loss_coef = 0 in config.json; remove the key'
+        )
+    return problems
+
+
+def _zero_problems(ds: DsConfig) -> Iterator[str]:
+    zero = ds.raw.get("zero_optimization", {})
+    if ds.zero_stage not in (1, 2):
+        why = "DeepSpeed refuses native layers there" if ds.zero_stage == 3 else "the gradient norm is untested there"
+        yield f"moe.layer with zero_optimization.stage = {ds.zero_stage}: {why}; set stage to 1 or 2"
+    if not isinstance(ds.raw.get("optimizer"), dict):
+        yield (
+            "moe.layer without an optimizer section: DeepSpeed has to build it, with the experts in groups of their "
+            "own; copy the optimizer section of ds_configs/zero1_ep2_native.json"
+        )
+    if not zero.get("reduce_scatter", True):
+        yield "zero_optimization.reduce_scatter = false: must be true with moe.layer; remove the key"
+    if not zero.get("contiguous_gradients", True):
+        yield "zero_optimization.contiguous_gradients = false: must be true with moe.layer; remove the key"
+    for key, size in (("tensor_parallel.autotp_size", ds.tp_size), ("sequence_parallel_size", ds.sp_size)):
+        if size > 1:
+            yield f"{key} = {size}: not supported with moe.layer; set it to 1, or use expert_parallel"
+    if ds.raw.get("use_data_before_expert_parallelism"):
+        yield (
+            "use_data_before_expert_parallelism = true: spreads each EP group over the whole machine instead of "
+            "neighbouring ranks, which nothing in this package expects; remove the key"
+        )
+
+
+def _model_problems(layer: MoeLayer, config: Mapping[str, Any], world_size: int) -> Iterator[str]:
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        yield (
+            f"model_type = {show(config.get('model_type'))}: moe.layer knows {', '.join(sorted(FAMILIES))}; make a MoE "
+            "of a dense model first (recipes/upcycle.py), or remove moe.layer (ds_configs/zero3.json)"
+        )
+        return
+    try:
+        counts, _ = family.expert_counts(config), int(config["num_experts_per_tok"])
+    except (KeyError, TypeError, ValueError):
+        yield (
+            f"config.json: {family.num_experts_key} and num_experts_per_tok must be whole numbers of at least 1"
+            + (" (the first may be a list, one for each layer)" if family.model_type == "prmoe" else "")
+        )
+        return
+    if not counts:
+        yield f"config.json: model_type = {show(family.model_type)}, but no layer is an MoE layer; remove moe.layer"
+        return
+    if any(count % layer.ep_size for count in counts):
+        common = math.gcd(*counts)
+        both = [size for size in divisors(common) if world_size % size == 0]
+        yield (
+            f"moe.layer.ep_size = {layer.ep_size} does not divide the model's "
+            f"{' and '.join(map(str, sorted(set(counts))))} experts; with {world_size} ranks use one of {both}"
+        )
+    yield from inexpressible(layer, family, config)

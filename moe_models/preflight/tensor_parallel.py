@@ -1,0 +1,109 @@
+"""Which matrices tensor parallelism splits, as the ``"tensor_parallel"`` section of a ds_config says. Torch-free.
+
+DeepSpeed's AutoTP (0.19.8, ``module_inject/autotp_config.py``) takes the first entry of
+``partition_config.layer_specs`` one of whose patterns matches ``<module>.weight``. ``column`` splits the outputs of a
+matrix and sums the gradient of its input over the TP group; ``row`` splits its inputs and sums its output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from moe_models.config.layout import divisors
+from moe_models.errors import UserError
+from moe_models.families.sizes import model_sizes
+
+if TYPE_CHECKING:
+    from moe_models.config.ds_config import DsConfig
+
+Kind = Literal["column", "row", "skip"]
+
+REFUSED_FAMILIES = {
+    "olmoe": "it normalises queries and keys over all heads together, and a peer has only its own",
+    "deepseek_v2": "its latent attention shares one rotary key among all heads, whose gradient AutoTP does not sum",
+    "deepseek_v3": "its latent attention shares one rotary key among all heads, whose gradient AutoTP does not sum",
+}
+"""Families whose attention AutoTP cannot split, and why."""
+
+
+def layer_specs(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The entries of ``tensor_parallel.partition_config.layer_specs`` of a ds_config; empty if there are none."""
+    return list(((raw.get("tensor_parallel") or {}).get("partition_config") or {}).get("layer_specs") or [])
+
+
+def spec_of(name: str, specs: list[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The entry that AutoTP applies to the module of parameter ``name``, or None."""
+    if not specs:
+        return None
+    weight = re.sub(r"\.bias$", ".weight", name)
+    return next((spec for spec in specs if any(re.match(p, weight) for p in spec.get("patterns", []))), None)
+
+
+def kind_of(name: str, specs: list[Mapping[str, Any]]) -> Kind:
+    """How AutoTP splits parameter ``name``; the bias of a row-parallel layer stays whole."""
+    spec = spec_of(name, specs)
+    kind: Kind = "skip" if spec is None else spec.get("partition_type", "column").lower()
+    return "skip" if kind == "row" and name.endswith(".bias") else kind
+
+
+def tensor_parallel_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> Iterator[str]:
+    """What cannot be trained with ``"tensor_parallel"``, for the JSON and then for the model."""
+    if ds.tp_size == 1 or ds.moe.layer is not None:  # native layers say no themselves
+        return
+    key, model_type = f"tensor_parallel.autotp_size = {ds.tp_size}", str(model_config.get("model_type"))
+    example = "copy the section of ds_configs/zero1_ep2_tp2.json"
+    if ds.expert_parallel is None:
+        yield f"{key} without expert_parallel: not tested here; add expert_parallel, or remove tensor_parallel"
+    if ds.zero_stage == 3:
+        yield (
+            f"{key} with ZeRO stage 3: transformers cannot load MoE weights then (its weight conversions refuse it); "
+            "use stage 1 or 2"
+        )
+    if ds.moe.balance is not None:
+        yield f"{key} with moe.balance: not tested together; remove one of the two"
+    if model_type in REFUSED_FAMILIES:
+        yield f"{key} with model_type = {model_type}: {REFUSED_FAMILIES[model_type]}; remove tensor_parallel"
+        return
+    specs = layer_specs(ds.raw)
+    if not specs or ds.raw["tensor_parallel"].get("preset_model"):
+        yield (
+            f"{key} needs partition_config.layer_specs and no preset_model: DeepSpeed refuses transformers' own plan "
+            f"for MoE models, and its presets miss layers; {example}"
+        )
+        return
+    try:
+        sizes = model_sizes(model_config)
+    except UserError:  # a config.json that is broken beyond this: transformers will say it
+        return
+    for count, what in ((sizes.heads, "attention heads"), (sizes.kv_heads, "key-value heads")):
+        if count % ds.tp_size:
+            fits = [n for n in divisors(count) if n <= ds.tp_size]
+            yield f"{key} does not divide the model's {count} {what}; use one of {fits}"
+    yield from _pattern_problems([name for name, _ in sizes.dense], specs, example)
+
+
+_PARTS: dict[str, dict[str, Kind]] = {
+    "self_attn": {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"},
+    "mlp": {"gate_proj": "column", "up_proj": "column", "down_proj": "row"},
+}
+"""How the matrices of a block have to be split, if one of them is."""
+
+
+def _pattern_problems(names: list[str], specs: list[Mapping[str, Any]], example: str) -> Iterator[str]:
+    """Patterns that split half of a block, or what cannot be split."""
+    where = "tensor_parallel.partition_config.layer_specs"
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if kind_of(name, specs) != "skip":
+            yield f"{where} split {name}, but each rank needs the whole (TRL takes the loss from it); {example}"
+    for block, kinds in _PARTS.items():
+        ends = {f".{block}.{part}.weight": kind for part, kind in kinds.items()}
+        found = {end: kind_of(name, specs) for name in names for end in ends if name.endswith(end)}
+        if block == "self_attn" and set(found.values()) == {"skip"}:
+            yield f"{where} split no attention, so that tensor parallelism would do nothing; {example}"
+        elif any(kind != "skip" for kind in found.values()) and any(found[end] != ends[end] for end in found):
+            yield f"{where} must make {', '.join(f'{part} {kind}' for part, kind in kinds.items())}; {example}"
+    norms = {name for name in names if name.endswith((".q_norm.weight", ".k_norm.weight"))}
+    if any(not (spec_of(name, specs) or {}).get("grad_allreduce") for name in norms):
+        yield f'{where} must have "grad_allreduce": true for q_norm and k_norm, which see one peer\'s heads; {example}'

@@ -1,0 +1,1 @@
+"""The routers of a run, watched and kept in balance. Imports: engine, config, families."""

@@ -1,0 +1,148 @@
+"""How evenly tokens are spread over experts: counts of the router's choices, and the figures that follow from them.
+
+Counted is what the experts were chosen for, hence padding too, and what native layers then dropped. Each rank counts
+on its device, without waiting for it; ranks are summed only when somebody reads, in one all-reduce of [L, 2E + 2].
+Training counts cover one optimizer step with all its micro-batches; evaluation has counts of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_models.routing.tap import scores
+
+LOGGED = {
+    "expert_load_max": "tokens of the fullest expert over the mean, averaged over layers; 1 is perfect",
+    "expert_load_worst": "the same of the worst layer",
+    "rank_load_max": "the same per EP rank, averaged over layers: how much longer than balanced the experts take",
+    "expert_load_cv": "standard deviation over mean of tokens per expert, averaged over layers; 0 is perfect",
+    "dead_experts": "experts of all layers that got no token",
+    "router_entropy": "mean entropy of a token's router probabilities over log E; 1 is undecided, 0 is certain",
+}
+"""What is logged, by name; one optimizer step on all ranks, or one evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLoad:
+    """One MoE layer."""
+
+    layer: str
+    """Module path of the MoE block."""
+    tokens: list[int]
+    """Choices of each expert: tokens x top-k in all."""
+    max_mean: float
+    """Fullest expert over the mean."""
+    rank_max_mean: float
+    """Fullest EP rank over the mean, all replicas of an expert taken together."""
+    cv: float
+    """Standard deviation over mean."""
+    dead: int
+    """Experts without a token."""
+    entropy: float
+    """Mean entropy of the router's probabilities over log E."""
+    dropped: list[int] | None = None
+    """Choices of each expert that found no place in it; None where the layer is not a native one."""
+
+
+def layer_load(
+    layer: str, tokens: list[int], entropy: float, ep_size: int, dropped: list[int] | None = None
+) -> LayerLoad:
+    """The figures of one layer from its counts. Experts are dealt to EP ranks in equal runs, as AutoEP does."""
+    held = len(tokens) // ep_size
+    ranks = [sum(tokens[start : start + held]) for start in range(0, len(tokens), held)]
+    mean = sum(tokens) / len(tokens)
+    variance = sum((count - mean) ** 2 for count in tokens) / len(tokens)
+    return LayerLoad(
+        layer=layer,
+        tokens=tokens,
+        max_mean=max(tokens) / mean if mean else 1.0,
+        rank_max_mean=max(ranks) * len(ranks) / sum(ranks) if mean else 1.0,
+        cv=variance**0.5 / mean if mean else 0.0,
+        dead=tokens.count(0),
+        entropy=entropy,
+        dropped=dropped,
+    )
+
+
+def overall(layers: list[LayerLoad]) -> dict[str, float]:
+    """The figures of :data:`LOGGED`."""
+
+    def average(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    return {
+        "expert_load_max": average([layer.max_mean for layer in layers]),
+        "expert_load_worst": max(layer.max_mean for layer in layers),
+        "rank_load_max": average([layer.rank_max_mean for layer in layers]),
+        "expert_load_cv": average([layer.cv for layer in layers]),
+        "dead_experts": sum(layer.dead for layer in layers),
+        "router_entropy": average([layer.entropy for layer in layers]),
+    }
+
+
+class LoadStats:
+    """Counters of all MoE layers of one model on this rank; a :class:`~moe_models.routing.tap.RouterTap` feeds them."""
+
+    def __init__(self, layers: list[str], experts: list[int], ep_size: int, score_func: str, device: Any) -> None:
+        self._layers, self._experts, self._ep_size, self._score_func = layers, experts, ep_size, score_func
+        self._drops = False
+        # Per layer: tokens of each expert, those dropped, sum of entropies, tokens. Doubles are exact to 2^53.
+        self._sums = {
+            training: torch.zeros(len(layers), 2 * max(experts) + 2, dtype=torch.float64, device=device)
+            for training in (True, False)
+        }
+
+    @torch.no_grad()
+    def observe(
+        self,
+        layer: int,
+        training: bool,
+        logits_TE: torch.Tensor,
+        choices_TK: torch.Tensor,
+        counted_2E: torch.Tensor | None = None,
+    ) -> None:
+        """Count one layer of one forward pass."""
+        row, E = self._sums[training][layer], max(self._experts)
+        if counted_2E is None:
+            chosen = choices_TK.reshape(-1)
+            row.scatter_add_(0, chosen.long(), torch.ones_like(chosen, dtype=row.dtype))
+        else:
+            self._drops = True
+            row[: 2 * E].view(2, E)[:, : counted_2E.shape[1]] += counted_2E
+        row[-2] += torch.special.entr(scores(logits_TE, self._score_func)).sum()
+        row[-1] += choices_TK.shape[0]
+
+    def reset(self, training: bool) -> None:
+        """Forget what was counted in training, or in evaluation."""
+        self._sums[training].zero_()
+
+    def counts(self, training: bool, group: Any = None) -> torch.Tensor:
+        """Tokens per expert of all ranks of ``group``, [L, E]; collective."""
+        return self._reduced(training, group)[:, : max(self._experts)]
+
+    def read(self, training: bool, group: Any = None, copies: int = 1) -> list[LayerLoad]:
+        """The figures of all ranks of ``group``, layer by layer, or [] if nothing was counted; collective.
+
+        ``copies`` ranks at a time counted the same tokens.
+        """
+        rows = (self._reduced(training, group) / copies).tolist()
+        if not any(row[-1] for row in rows):
+            return []
+        return [self._figures(*layer) for layer in zip(self._layers, self._experts, rows, strict=True)]
+
+    def _figures(self, name: str, E: int, row: list[float]) -> LayerLoad:
+        first_dropped = max(self._experts)
+        dropped = [int(count) for count in row[first_dropped : first_dropped + E]] if self._drops else None
+        entropy = row[-2] / max(row[-1], 1.0) / max(math.log(E), 1e-12)
+        return layer_load(name, [int(count) for count in row[:E]], entropy, self._ep_size, dropped)
+
+    def _reduced(self, training: bool, group: Any) -> torch.Tensor:
+        sums = self._sums[training].clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums, group=group)
+        return sums

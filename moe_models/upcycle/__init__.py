@@ -1,0 +1,1 @@
+"""A dense checkpoint becomes a Mixture of Experts. Imports: checkpoint, families."""

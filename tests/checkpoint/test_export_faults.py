@@ -1,0 +1,87 @@
+"""Faults in a rank during an export: every rank raises, and nothing is lost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import roundtrip
+from tests.support.cluster import Cluster
+from tests.support.roundtrip import assert_same_tensors, files_of
+
+Clusters = Callable[[int], Cluster]
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Hidden names beside ``folder``: staging or previous folders that should be gone."""
+    return sorted(p.name for p in folder.parent.iterdir() if p.name.startswith("."))
+
+
+# -------------------------------------------------------------------------------------------------- faults on the ranks
+
+FAULTS = {
+    "disk full": "cannot be written: Error while serializing",
+    "disk full in a companion": "File too large",
+    "writer raises": "RuntimeError: planted",
+    "other rank raises": "MemoryError: planted",
+    "proof fails": "RuntimeError: planted",
+    "foreign folder": "is not empty and is not an earlier export",
+    "lost tensor": "model.norm.weight: config.json asks for this tensor",
+    "unknown trained tensor": "1 trained tensors have no place in this model's checkpoint: ['model.layers.9.new",
+}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_rank_raises_and_nothing_is_lost(stage: int, clusters: Clusters, tmp_path: Path) -> None:
+    """No rank hangs, all say the same, the earlier export stays as it was, and nothing else is left."""
+    source = roundtrip.save_source(tmp_path / "source", "mixtral")
+    out = tmp_path / "run" / "model"
+    shutil.copytree(source, out)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = files_of(tmp_path / "run")
+    told = clusters(2).run(roundtrip.failing_exports, str(source), str(out), stage, list(FAULTS))
+    for fault, words in FAULTS.items():
+        for rank, by_fault in enumerate(told):
+            assert by_fault[fault].startswith("ExportError: "), (rank, fault, by_fault[fault])
+            assert words in by_fault[fault], (rank, fault, by_fault[fault])
+    assert_same_tensors(f"{out}-after", source)
+    shutil.rmtree(f"{out}-after")
+    assert files_of(tmp_path / "run") == before
+    assert leftovers(out) == []
+
+
+def test_ranks_wait_for_a_slow_proof(clusters: Clusters, tmp_path: Path) -> None:
+    source = roundtrip.save_source(tmp_path / "source", "mixtral")
+    beats = clusters(2).run(slow_proof, str(source), str(tmp_path / "out"))
+    assert beats[1] >= 4, "the waiting rank must have heard from the writer several times"
+    assert_same_tensors(tmp_path / "out", source)
+
+
+def slow_proof(source: str, out: str) -> int:
+    """Runs on the ranks: a proof that takes many heartbeats; returns how many broadcasts the last step took."""
+    import time
+
+    import torch.distributed as dist
+
+    from moe_models.checkpoint import export as checkpoint
+
+    engine = roundtrip.make_engine(source, 1, 2, "float32")
+    beats = 0
+    original, before = dist.broadcast_object_list, checkpoint.HEARTBEAT_SECONDS
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal beats
+        beats += 1
+        return original(*args, **kwargs)
+
+    checkpoint.HEARTBEAT_SECONDS, dist.broadcast_object_list = 0.05, counting
+    try:
+        roundtrip.export_engine(engine, source, out, prove=lambda folder: time.sleep(0.5))
+    finally:
+        checkpoint.HEARTBEAT_SECONDS, dist.broadcast_object_list = before, original
+    engine.destroy()
+    return beats

@@ -1,0 +1,104 @@
+"""The family table against transformers: what ``save_pretrained`` writes and what the built model contains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_models.checkpoint.export import hub_plan
+from moe_models.families.table import EXPERT_PROJECTIONS, FAMILIES, is_moe_layer, moe_blocks
+from tests.support.tiny import TINY, make_model, save_tiny
+
+# Beyond the tiny configs: where dense and MoE layers are mixed, every rule that the families have for it.
+MIXES: list[tuple[str, dict[str, Any]]] = [
+    *((model_type, {}) for model_type in sorted(TINY)),
+    *((model_type, {"tie_word_embeddings": True}) for model_type in sorted(TINY)),
+    ("qwen2_moe", {"num_hidden_layers": 5, "decoder_sparse_step": 2}),
+    ("qwen2_moe", {"num_hidden_layers": 4, "mlp_only_layers": [1, 3]}),
+    ("qwen3_moe", {"num_hidden_layers": 6, "decoder_sparse_step": 3, "mlp_only_layers": [2]}),
+    ("qwen3_moe", {"num_hidden_layers": 2, "mlp_only_layers": []}),
+    ("deepseek_v2", {"num_hidden_layers": 4, "first_k_dense_replace": 3, "q_lora_rank": 24}),
+    ("deepseek_v3", {"num_hidden_layers": 4, "first_k_dense_replace": 2, "q_lora_rank": None}),
+    ("deepseek_v3", {"num_hidden_layers": 2, "first_k_dense_replace": 0}),
+]
+IDS = [" ".join([model_type, *(f"{k}={v}" for k, v in mix.items())]) for model_type, mix in MIXES]
+
+
+def written(folder: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def test_every_family_is_covered() -> None:
+    assert {*TINY, "prmoe"} == set(FAMILIES), "prmoe has a page of its own, tests/test_prmoe.py"
+
+
+@pytest.mark.parametrize(("model_type", "mix"), MIXES, ids=IDS)
+def test_plan_is_what_save_pretrained_writes(model_type: str, mix: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    save_tiny(tmp_path, model_type, **mix)
+    plan = hub_plan(FAMILIES[model_type], AutoConfig.from_pretrained(tmp_path))
+    names = [name for _, _, hub in plan for name in hub]
+    assert len(names) == len(set(names)), "a hub tensor is planned twice"
+    planned = {name: shape for _, _, hub in plan for name, shape in hub.items()}
+    assert planned == written(tmp_path)
+
+
+@pytest.mark.parametrize(("model_type", "mix"), MIXES, ids=IDS)
+def test_moe_blocks_are_those_of_the_built_model(model_type: str, mix: dict[str, Any], tmp_path: Path) -> None:
+    import json
+
+    model = make_model(model_type, **mix)
+    built = [name.removesuffix(".experts") for name, _ in model.named_modules() if name.endswith(".experts")]
+    assert built, "a family without a block proves nothing"
+    family = FAMILIES[model_type]
+    model.config.save_pretrained(tmp_path)  # transformers may write other keys than the class has
+    as_written = json.loads((tmp_path / "config.json").read_text())
+    for config in (model.config.to_dict(), as_written):
+        assert list(moe_blocks(family, config)) == built
+        assert family.num_experts(config) == model.get_submodule(built[0]).experts.gate_up_proj.shape[0]
+        layers = range(config["num_hidden_layers"])
+        assert [i for i in layers if is_moe_layer(family, config, i)] == [int(name.split(".")[2]) for name in built]
+
+
+@pytest.mark.parametrize("model_type", sorted(TINY))
+def test_expert_values_go_where_the_table_says(model_type: str, tmp_path: Path) -> None:
+    """Names and shapes alone would not see gate and up exchanged: both are [F, D]."""
+    import torch
+    from safetensors.torch import load_file
+
+    model = make_model(model_type)
+    model.save_pretrained(tmp_path)
+    hub, family = load_file(tmp_path / "model.safetensors"), FAMILIES[model_type]
+    for block in moe_blocks(family, model.config.to_dict()):
+        experts = model.get_submodule(block).experts
+        gate_EFD, up_EFD = experts.gate_up_proj.chunk(2, dim=1)
+        stacked = dict(zip(EXPERT_PROJECTIONS, (gate_EFD, up_EFD, experts.down_proj), strict=True))
+        for projection, values in stacked.items():
+            for e, value in enumerate(values):
+                assert torch.equal(hub[family.hub_expert(block, e, projection)], value)
+
+
+@pytest.mark.parametrize("model_type", sorted(TINY))
+def test_other_names_map_to_the_hub(model_type: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    model = make_model(model_type)
+    model.save_pretrained(tmp_path)
+    hub, family = load_file(tmp_path / "model.safetensors"), FAMILIES[model_type]
+    for name, tensor in model.state_dict().items():
+        if ".experts." not in name:
+            assert torch.equal(hub[family.module_to_hub(name)], tensor), name
+
+
+def test_expert_count_under_either_spelling() -> None:
+    family = FAMILIES["qwen3_moe"]
+    assert family.num_experts({"num_experts": 8}) == family.num_experts({"num_local_experts": 8}) == 8
+    with pytest.raises(KeyError, match="num_experts"):
+        family.num_experts({"hidden_size": 8})

@@ -1,0 +1,214 @@
+"""recipes/plan.py: what it prints and writes, what it refuses, and that its layouts are real ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_models.config.ds_config import load_ds_config
+from moe_models.planner.devices import read_device
+from moe_models.preflight.run import check_run
+from recipes import check
+from tests.support.layouts import MIXTRAL_8X7B, ROOT, plan, plan_search
+from tests.support.tiny import TINY
+
+QWEN3_30B = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 768,
+    "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "max_position_embeddings": 40960,
+}  # fmt: skip
+REQUEST = plan_search.Request(
+    config=MIXTRAL_8X7B, gpus=8, gpus_per_node=8, device=read_device("h200"), length=4096, batch=32, skew=1.3,
+    liger=False, host_gib=1000,
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(
+        *more: object, width: int = 80, config: dict[str, Any] = MIXTRAL_8X7B, **given: Any
+    ) -> tuple[int, str, str]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        flags = {"model_name_or_path": tmp_path, "gpus": 8, "device": "h100-80g", "seq_length": 4096, **given}
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        monkeypatch.setattr("sys.argv", ["plan.py", *map(str, [*words, *more])])
+        monkeypatch.setenv("COLUMNS", str(width))
+        try:
+            code = plan.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_mixtral_on_a_node_of_h100(run: Any, width: int) -> None:
+    """46.7 billion parameters x 16 bytes are 93 GB for each of 8 GPUs: only offloading fits 80 GB."""
+    code, out, err = run(width=width)
+    assert (code, err) == (0, "")
+    rows = re.findall(r"^ ?(\d+) +(ZeRO-.*?) +\d+ x \d+ +(?:yes|no) +([\d.]+) +(yes|no)", out, re.M)
+    assert len(rows) >= 4
+    assert all("offload" in name for _, name, _, fits in rows if fits == "yes")
+    assert {fits for *_, fits in rows} == {"yes", "no"}
+    assert max(map(len, out.splitlines())) <= width
+    assert re.search(r"why +ZeRO-\d.* (beats|is as fast as) ZeRO-\d", " ".join(out.split()))
+    assert "at most 4 GPUs" in out
+
+
+def test_the_parts_add_up(run: Any) -> None:
+    best = plan_search.search(REQUEST)[0]
+    memory, seconds = best.prediction.memory, best.prediction.time
+    assert sum(getattr(memory, part) for part in plan.PARTS) == memory.needed
+    assert sum(getattr(seconds, part) for part in plan.TIMES) == pytest.approx(seconds.total)
+    assert best.prediction.tokens * 8 == 32 * 4096
+    assert best.fits
+    assert memory.needed <= REQUEST.device.usable_gib * 2**30
+
+
+def test_what_it_writes_passes_check(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    code, out, _ = run("--write", tmp_path / "mine.json", device="h200")
+    assert code == 0
+    assert f"written: {tmp_path}/mine.json" in "".join(out.splitlines())
+    flags = re.search(r"--max_length .* --gradient_checkpointing \w+", " ".join(out.split()))
+    assert flags is not None
+    words = ["--deepspeed", tmp_path / "mine.json", "--model_name_or_path", tmp_path, "--world_size", "8"]
+    monkeypatch.setattr("sys.argv", ["check.py", *map(str, words), *flags[0].split()])
+    assert check.main() == 0
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+@pytest.mark.parametrize("config", [MIXTRAL_8X7B, QWEN3_30B])
+def test_every_layout_that_it_compares_passes_check(config: dict[str, Any], tmp_path: Path) -> None:
+    """Layouts are built without DeepSpeed's parser; here it reads them all, and finds what was built."""
+    names, sizes = set(), plan_search.model_sizes(config)
+    request = replace(REQUEST, config=config, gpus=16)
+    for stage, ep, tp, sp in plan_search.layouts(request, sizes):
+        for offload in ("", "optimizer", "optimizer and weights"):
+            if max(ep, tp, sp) > 4 or (offload == "optimizer and weights" and stage < 3):
+                continue
+            built = plan_search.build(stage, ep, tp, sp, offload)  # type: ignore[arg-type]
+            if check_run(built, config, 16):
+                continue
+            path = tmp_path / built.path.name
+            plan.write(path, built.raw)
+            read = load_ds_config(path)
+            for field in (
+                "raw",
+                "deepspeed",
+                "expert_parallel",
+                "moe",
+                "zero_stage",
+                "tp_size",
+                "sp_size",
+                "precision",
+            ):
+                assert getattr(read, field) == getattr(built, field), (path.name, field)
+            assert check_run(read, config, 16) == []
+            names.add(path.name)
+    assert len(names) > 30
+    assert any("tp2" in name for name in names)
+
+
+def test_refused_layouts_are_not_compared() -> None:
+    """The preflight refuses tensor parallelism at ZeRO-3 and without experts spread; nothing here repeats that."""
+    plans = plan_search.search(replace(REQUEST, gpus=16, batch=64))
+    assert plans
+    assert all(check_run(p.ds, MIXTRAL_8X7B, 16) == [] for p in plans)
+    assert not [p for p in plans if p.ds.tp_size > 1 and (p.ds.zero_stage == 3 or p.ds.ep_size == 1)]
+
+
+def test_ranked(run: Any) -> None:
+    plans = plan_search.search(REQUEST)
+    fitting = [p for p in plans if p.fits]
+    speeds = [p.prediction.tokens_per_s for p in fitting]
+    assert all(later <= 1.0051 * earlier for earlier, later in pairwise(speeds))
+    assert plans[: len(fitting)] == fitting
+    assert all(p.prediction.memory.needed > REQUEST.device.usable_gib * 2**30 for p in plans[len(fitting) :])
+
+
+def test_nothing_fits(run: Any) -> None:
+    code, out, err = run(device="a100-40g", gpus=2, host_gib=100)
+    lines = err.splitlines()
+    assert (code, out, len(lines)) == (2, "", 3)
+    assert re.search(
+        r"error: nothing fits: .*ZeRO-3.* would do with \d+ GiB of host memory .* --host_gib says 100", lines[0]
+    )
+    assert re.search(r"error: fewer tokens: not even --seq_length 256 fits", lines[1])
+    more = re.search(r"error: more GPUs: --gpus (\d+) fits \(ZeRO-\d.*, \d+ GiB\)", lines[2])
+    assert more is not None
+    assert run(device="a100-40g", gpus=more[1], host_gib=100)[0] == 0, "what it promises, it keeps"
+
+
+def test_fewer_tokens_fit(run: Any) -> None:
+    long = {**QWEN3_30B, "max_position_embeddings": 2**22}
+    code, _, err = run(device="h100-80g", seq_length=2**22, config=long)
+    found = re.search(r"fewer tokens: --seq_length (\d+) fits", err)
+    assert code == 2
+    assert found is not None
+    assert "nothing fits: the least that 8 GPUs need is" in err
+    assert run(device="h100-80g", seq_length=found[1], config=long)[0] == 0
+
+
+def test_refused(run: Any, tmp_path: Path) -> None:
+    code, _, err = run("--calibration", tmp_path / "no.json", "--write", tmp_path, gpus=12, device="h300")
+    lines = err.splitlines()
+    assert code == 2
+    assert "error: --gpus 12: is not a whole number of nodes of --gpus_per_node 8" in lines
+    assert f"error: --write {tmp_path}: must be a file in a folder that is there" in lines
+    assert any(line.startswith("error: --device h300: unknown; one of a100-40g") for line in lines)
+    assert "--seq_length 40000: longer than the model's context; use at most 32768" in run(seq_length=40000)[2]
+    batch = run(gpus=16, global_batch_size=3)[2]
+    assert "--global_batch_size 3: no layout of 16 GPUs divides it; use a multiple of 16" in batch
+    assert "model_type = 'llama': sizes are known for" in run(config={"model_type": "llama"})[2]
+
+
+def test_calibration_changes_the_plan(run: Any, tmp_path: Path) -> None:
+    slow = {"measured": "a slow day", "node": {"all_to_all": {"gb_per_s": 1, "latency_us": 50}}}
+    (tmp_path / "slow.json").write_text(json.dumps(slow))
+    _, out, _ = run("--calibration", tmp_path / "slow.json", device="h200", gpus=8)
+    assert "calibrated by: a slow day" in out
+    assert not re.search(r"^ ?1 +ZeRO-\d EP", out, re.M)
+
+
+def test_thousands_of_gpus_in_seconds() -> None:
+    gpus = 4096
+    begun = time.perf_counter()
+    plans = plan_search.search(replace(REQUEST, config=QWEN3_30B, gpus=gpus, batch=4 * gpus))
+    assert time.perf_counter() - begun < 10
+    assert plans[0].fits
+
+
+def test_families_and_no_torch(tmp_path: Path) -> None:
+    """Every family is planned for in a process of its own, which imports neither torch nor DeepSpeed."""
+    for model_type, config in TINY.items():
+        (tmp_path / model_type).mkdir()
+        (tmp_path / model_type / "config.json").write_text(json.dumps({"model_type": model_type, **config}))
+    code = (
+        "import sys; sys.path.insert(0, 'recipes'); import plan\n"
+        f"for name in {sorted(TINY)!r}:\n"
+        f"    words = ['--model_name_or_path', {str(tmp_path)!r} + '/' + name, '--gpus', '4', '--gpus_per_node', '4']\n"
+        "    plan.run(plan.parse([*words, '--device', 'h200', '--seq_length', '64']))\n"
+        "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("why") == len(TINY)
+
+
+def test_the_readme_s_rows_are_printed(run: Any) -> None:
+    page = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^ ?\d  ZeRO-.*%$", page, re.M)
+    assert len(rows) == 3
+    out = run()[1]
+    for row in rows:
+        assert row.split() in [line.split() for line in out.splitlines()], row

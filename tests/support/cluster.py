@@ -1,0 +1,149 @@
+"""Real processes for distributed tests: started once, reused by every test, killed when one of them misbehaves.
+
+A cold ``import deepspeed`` costs about ten seconds, so a cluster of N gloo ranks lives for the whole test session and
+runs one module-level function after another on all ranks (:meth:`Cluster.run`). A rank that raises sends its traceback;
+a rank that dies or does not answer in time ends the whole cluster, and the next call starts a fresh one. Ranks are
+forked from a server process that has the imports behind it, so that a fresh cluster costs a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+HEAVY = [
+    "trl", "trl.scripts.utils", "trl.trainer.sft_config", "trl.trainer.model_config", "deepspeed", "datasets",
+    "moe_models.trainer",
+]  # fmt: skip
+"""What the server of :func:`forking` imports."""
+
+
+def forking() -> Any:
+    """A multiprocessing context whose processes start with the heavy imports done. For CPU processes only."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.recipe", *HEAVY])
+    return context
+
+
+class ChildError(AssertionError):
+    """A rank failed; the message holds its traceback."""
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago (the caller binds it at once)."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Cluster:
+    """``world_size`` worker processes joined in one gloo process group."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def _start(self) -> None:
+        # Where DeepSpeed finds a GPU, the server would settle for it before a rank can say that it wants none.
+        on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+        context = forking() if on_cpu else multiprocessing.get_context("spawn")
+        store = tempfile.mktemp(prefix="moe-recipes-store-")  # a file store needs no port
+        port = free_port()
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(theirs, rank, self.world_size, store, port), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def stop(self) -> None:
+        """Kill every worker."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180, **kwargs: Any) -> list[Any]:
+        """Run ``function(*args, **kwargs)`` on every rank; returns the results in rank order.
+
+        Raises :class:`ChildError` with the traceback of the first rank that failed, died or timed out.
+        """
+        if not self._processes:
+            self._start()
+            timeout += 120  # the imports
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        deadline = time.monotonic() + timeout
+        results: list[Any] = [None] * self.world_size
+        waiting = set(range(self.world_size))
+        failures: dict[int, str] = {}
+        while waiting and time.monotonic() < deadline and not failures:
+            for rank in sorted(waiting):
+                if not self._pipes[rank].poll(0.02):
+                    if not self._processes[rank].is_alive():
+                        failures[rank] = f"process died with exit code {self._processes[rank].exitcode}"
+                        waiting.discard(rank)
+                    continue
+                try:
+                    ok, payload = self._pipes[rank].recv()
+                except EOFError:
+                    ok, payload = False, f"process died with exit code {self._processes[rank].exitcode}"
+                waiting.discard(rank)
+                if ok:
+                    results[rank] = payload
+                else:
+                    failures[rank] = payload
+        if failures:
+            failures.update(self._late_failures(waiting))
+        if waiting and not failures:
+            failures = dict.fromkeys(waiting, f"no answer within {timeout:.0f} s (a hang?)")
+        if failures:
+            self.stop()
+            raise ChildError(
+                "\n".join(f"--- rank {rank} of {self.world_size}:\n{text}" for rank, text in failures.items())
+            )
+        return results
+
+    def _late_failures(self, waiting: set[int]) -> dict[int, str]:
+        """What the other ranks have to say within two seconds of the first failure."""
+        found = {}
+        for rank in waiting:
+            if self._pipes[rank].poll(2.0 / max(1, len(waiting))):
+                try:
+                    ok, payload = self._pipes[rank].recv()
+                except EOFError:
+                    continue
+                if not ok:
+                    found[rank] = payload
+        return found
+
+
+def _worker(pipe: Connection, rank: int, world_size: int, store: str, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1",
+        OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="",
+        TQDM_DISABLE="1",
+    )  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
