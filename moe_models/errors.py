@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import sys
 import time
 from collections.abc import Iterable
@@ -43,3 +45,17 @@ def exit_with(error: UserError, *, rank: int = 0, code: int = EXIT_WRONG_INPUT) 
     if rank != 0:
         time.sleep(SECONDS_FOR_RANK_0)
     sys.exit(code)
+
+
+def show(value: object) -> str:
+    """One short line of JSON for a message."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def unknown_key(where: str, key: str, value: object, allowed: Iterable[str]) -> str:
+    """One line for a key that nobody reads: its value, the nearest allowed key, or all of them."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    mend = f'did you mean "{near[0]}"?' if near else f"remove it; allowed: {', '.join(names) or 'nothing yet'}"
+    return f"{where}{key} = {show(value)}: unknown key; {mend}"

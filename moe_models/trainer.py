@@ -31,10 +31,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from moe_models.checkpoint.export import export
-from moe_models.checkpoint.from_engine import EngineSource, is_writer
+from moe_models.checkpoint.from_engine import EngineSource
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.checkpoint.proof import ExportProof, prove_folder, record_logits
-from moe_models.checkpoint.resume import any_layout, describe_engine
+from moe_models.checkpoint.resume import LAYOUT_FILE, any_layout, describe_engine
+from moe_models.checkpoint.source import is_writer
 from moe_models.config.moe_section import Balance
 from moe_models.engine.autoep import check_replaced, register_presets, restore_rotary_buffers
 from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
@@ -45,7 +46,6 @@ from moe_models.engine.weight_decay import decay_groups
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
 from moe_models.families.table import FAMILIES, Family
-from moe_models.preflight.paths import LAYOUT_FILE
 from moe_models.preflight.run import reentrant_problems
 from moe_models.routing.callback import Routing
 

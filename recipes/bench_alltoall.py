@@ -27,8 +27,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moe_models.bench.table import write
 from moe_models.errors import UserError, exit_with
+from moe_models.files import write
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -86,10 +86,10 @@ def parse(words: list[str]) -> argparse.Namespace:
 def read_inputs(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """(config.json, for each case the share of all routes that each expert gets). Raises UserError."""
     from moe_models.bench.collectives import recorded, skewed
-    from moe_models.config.ds_config import read_json
     from moe_models.config.layout import size_problems
+    from moe_models.families.config_json import read_model_config
     from moe_models.families.sizes import model_sizes
-    from moe_models.preflight.paths import read_model_config
+    from moe_models.files import read_json
 
     name = args.config_name or args.model_name_or_path
     config = read_json(name) if Path(name).is_file() else read_model_config(name)

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from moe_models.config.layout import Groups, Layout
 from moe_models.errors import UserError, exit_with
-from moe_models.preflight.paths import read_model_config
+from moe_models.families.config_json import read_model_config
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's parser is asked, and would look for a GPU
 
@@ -82,8 +82,9 @@ def run(arguments: argparse.Namespace) -> None:
     if problems:
         raise UserError(problems)
 
+    from moe_models.config.work import Work
     from moe_models.families.sizes import model_sizes
-    from moe_models.planner.traffic import Work, traffic
+    from moe_models.planner.traffic import traffic
     from moe_models.preflight.run import check_run, length_problems, warnings_for_run
 
     ds, config = found["ds"], found["config"]

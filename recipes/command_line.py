@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_models.errors import UserError, tell
-from moe_models.nodes.meeting import ranks_per_node, several_nodes
-
-RANK = int(os.environ.get("RANK", "0"))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+from moe_models.ranks import RANK, WORLD_SIZE, ranks_per_node, several_nodes
 
 
 @dataclass
@@ -31,7 +28,7 @@ class RecipeArguments:
 
 def read_checkpoint_config(name: str) -> dict[str, Any]:
     """config.json of a model folder or hub id."""
-    from moe_models.preflight.paths import read_model_config
+    from moe_models.families.config_json import read_model_config
 
     return read_model_config(name)
 
@@ -66,8 +63,8 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     else:
         parser, given, ds, model_config = check(words, about, flags)
 
+    from moe_models.config.work import Work
     from moe_models.engine.cpu import adapt_for_cpu, join_cpu_ranks, on_cpu
-    from moe_models.planner.traffic import Work
     from moe_models.preflight.run import warnings_for_run
 
     values = vars(given)
@@ -153,7 +150,7 @@ def check_with_other_nodes(words: list[str], about: str, flags: ModelFlags) -> t
 
 def node_facts(words: list[str], kind: ModelFlags) -> dict[str, dict[str, str]]:
     """What must be equal on every node; what cannot be read is left out, for :func:`check_paths` has a line for it."""
-    from moe_models.config.ds_config import read_json
+    from moe_models.files import read_json
     from moe_models.nodes.facts import data_facts, flag_facts, json_facts, version_facts
 
     flags = flag_facts(words)
@@ -169,7 +166,7 @@ def node_facts(words: list[str], kind: ModelFlags) -> dict[str, dict[str, str]]:
 
 def check_paths(words: list[str], kind: ModelFlags) -> tuple[list[str], dict[str, Any] | None, bool]:
     """(problems with the flags that name files and folders, the model's config.json, whether the JSON can be read)."""
-    from moe_models.config.ds_config import read_json
+    from moe_models.files import read_json
     from moe_models.preflight.paths import check_dataset_path, check_output_dir
 
     required = (*kind.required, "dataset_name", "deepspeed", "output_dir")
@@ -239,9 +236,9 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
 
 def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str]:
     """Flags of TRL that this recipe cannot honour, or that cannot fit the model or the JSON."""
-    from moe_models.checkpoint.hf_folder import parse_size
     from moe_models.engine.cpu import on_cpu
-    from moe_models.engine.plain_transformers import cannot_run, no_kernels
+    from moe_models.files import parse_size
+    from moe_models.preflight.liger import cannot_run, no_kernels
     from moe_models.preflight.run import length_problems, reentrant_problems
     from moe_models.preflight.sequence_parallel import sequence_parallel_flags
     from moe_models.preflight.torch_compile import compile_problems

@@ -45,9 +45,10 @@ def parse() -> argparse.Namespace:
 
 def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
     """Export ``checkpoint`` to ``output_dir``. Raises UserError for input that cannot work."""
-    from moe_models.checkpoint.hf_folder import ExportError, parse_size, refuse_foreign_folder
+    from moe_models.checkpoint.hf_folder import ExportError, refuse_foreign_folder
+    from moe_models.families.config_json import read_model_config
     from moe_models.families.table import FAMILIES, HAS_SELECTION_BIAS
-    from moe_models.preflight.paths import read_model_config
+    from moe_models.files import parse_size
 
     problems: list[str] = []
     max_shard_bytes = 0

@@ -45,9 +45,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from command_line import FROM_CHECKPOINT, RANK, WORLD_SIZE, ModelFlags, describe, read_command_line, resume_value
+from command_line import FROM_CHECKPOINT, ModelFlags, describe, read_command_line, resume_value
 from moe_models.errors import UserError
 from moe_models.nodes.watch import end_with, leave
+from moe_models.ranks import RANK, WORLD_SIZE
 
 # Torch renames of this year, said once per call by every rank; they are DeepSpeed's and accelerate's to follow.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
@@ -153,10 +154,10 @@ def read_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tupl
 
 def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, train_rows: Any, eval_rows: Any) -> Any:
     """Put the trainer together. Raises UserError for a model and data that do not fit together."""
-    from moe_models.checkpoint.hf_folder import parse_size
     from moe_models.data import warnings_for_rows
     from moe_models.engine.native import register_deepspeed_moe
     from moe_models.families.table import FAMILIES
+    from moe_models.files import parse_size
     from moe_models.meter import StepClock
     from moe_models.trainer import MoETrainer
 

@@ -30,12 +30,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moe_models.engine.plain_transformers import no_kernels
 from moe_models.errors import UserError, exit_with
+from moe_models.families.config_json import read_model_config
 from moe_models.planner.devices import device_names, read_device
 from moe_models.planner.predict import GIB
 from moe_models.planner.search import Plan, Request, nothing_fits, search
-from moe_models.preflight.paths import read_model_config
+from moe_models.preflight.liger import no_kernels
 
 MEASURED_GPUS = 4
 """Most GPUs that the step-time model was compared with."""

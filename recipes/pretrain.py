@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from command_line import RANK, ModelFlags, RecipeArguments
+from command_line import ModelFlags, RecipeArguments
 from finetune import main
 from moe_models.errors import UserError
+from moe_models.ranks import RANK
 
 
 @dataclass
@@ -39,8 +40,8 @@ class PretrainArguments(RecipeArguments):
 
 def read_config(name: str) -> dict[str, Any]:
     """The architecture, from a file in the form of config.json or a folder that holds one."""
-    from moe_models.config.ds_config import read_json
-    from moe_models.preflight.paths import read_model_config
+    from moe_models.families.config_json import read_model_config
+    from moe_models.files import read_json
 
     return read_json(name) if Path(name).is_file() else read_model_config(name)
 
@@ -51,9 +52,9 @@ def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
     import moe_models.prmoe  # noqa: F401 (for AutoConfig)
-    from moe_models.checkpoint.hf_folder import without_zero3
-    from moe_models.config.deepspeed_keys import unknown_key
     from moe_models.data import check_chat_template
+    from moe_models.engine.plain_transformers import without_zero3
+    from moe_models.errors import unknown_key
 
     given = read_config(recipe.config_name)
     try:

@@ -153,7 +153,7 @@ def read_family(checkpoint: Path) -> tuple[Family, dict[str, Any]]:
     from transformers import AutoConfig
 
     import moe_models.prmoe  # noqa: F401 (for AutoConfig)
-    from moe_models.preflight.paths import read_model_config
+    from moe_models.families.config_json import read_model_config
 
     if not checkpoint.is_dir():
         raise UserError(f"--checkpoint {checkpoint}: no such folder; give a Hugging Face model folder")

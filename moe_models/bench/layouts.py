@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_models.config.ds_config import DsConfig, load_ds_config, read_json
+from moe_models.config.ds_config import DsConfig, load_ds_config
 from moe_models.config.layout import divisors
-from moe_models.engine.plain_transformers import no_kernels
 from moe_models.errors import UserError
 from moe_models.families.table import FAMILIES, moe_blocks
+from moe_models.files import read_json
+from moe_models.preflight.liger import no_kernels
 from moe_models.preflight.run import check_run
 from moe_models.preflight.torch_compile import compile_problems
 

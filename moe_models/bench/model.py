@@ -18,7 +18,7 @@ def build_model(job: dict[str, Any], device: torch.device) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import moe_models.prmoe  # noqa: F401 (for AutoConfig)
-    from moe_models.checkpoint.hf_folder import without_zero3
+    from moe_models.engine.plain_transformers import without_zero3
 
     config = AutoConfig.for_model(**job["model_config"])
     if hasattr(config, "router_aux_loss_coef"):

@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
+from moe_models.files import write
 
 NAMED = ("hf_zero3", "autoep_stock", "transformers_ep")
 COLUMNS = {
@@ -176,11 +177,4 @@ def draw(path: Path, good: list[dict[str, Any]], about: dict[str, Any], asked: d
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=130)
     pyplot.close(figure)
-    os.replace(temporary, path)
-
-
-def write(path: Path, text: str) -> None:
-    """Text that appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
     os.replace(temporary, path)

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from moe_models.bench.table import write
+from moe_models.files import write
 
 RANK = int(os.environ.get("RANK", "0"))
 LEFT_OVER_MIB = 256

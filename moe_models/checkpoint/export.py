@@ -27,18 +27,15 @@ import torch
 import torch.distributed as dist
 
 import moe_models.prmoe  # noqa: F401 (its class, for AutoConfig and AutoModelForCausalLM)
-from moe_models.checkpoint.from_engine import is_writer
+from moe_models.checkpoint.expected import expected_tensors, kept_in_fp32, tied_names
 from moe_models.checkpoint.hf_folder import (
     DEFAULT_MAX_SHARD_BYTES,
     ExportError,
     HFFolderWriter,
     copy_companions,
-    expected_tensors,
-    kept_in_fp32,
     save_companions,
-    tied_names,
 )
-from moe_models.checkpoint.source import TensorSource
+from moe_models.checkpoint.source import TensorSource, is_writer
 from moe_models.errors import UserError
 from moe_models.families.table import Family
 

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moe_models.checkpoint.source import split_fused
+from moe_models.checkpoint.source import fingerprint, is_writer, split_fused
 from moe_models.checkpoint.tp_shards import join_on_rank_0, split_dimension
 from moe_models.engine.autoep import autoep_layers
 from moe_models.families.table import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, Family
-
-
-def is_writer() -> bool:
-    """Whether this process writes the folder: rank 0, or the only process."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def fingerprint(tensor: torch.Tensor) -> int:
-    """CRC-32 of the tensor's bytes: equal for equal bits, whatever device, stride or rank they come from."""
-    content: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return zlib.crc32(content)
 
 
 class EngineSource:

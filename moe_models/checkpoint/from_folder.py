@@ -17,12 +17,12 @@ asked for come into memory (as pages of the file, which the kernel may drop agai
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moe_models.checkpoint.partitions import _index_pieces
 from moe_models.checkpoint.source import split_fused
 from moe_models.checkpoint.tp_shards import join_saved
 from moe_models.errors import UserError
@@ -74,17 +74,6 @@ def find_step_folder(checkpoint: Path) -> Path:
     if not step.is_dir():
         raise UserError(f"{latest}: points to {step.name}, which does not exist; the checkpoint is incomplete")
     return step
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Where one rank keeps its partition of one ZeRO-3 parameter."""
-
-    group: int
-    start: int
-    numel: int
-    partition_ranks: tuple[int, ...]
-    shape: tuple[int, ...]
 
 
 class FolderSource:
@@ -240,23 +229,6 @@ def _tensor_in(path: Path, name: str) -> torch.Tensor:
 def _is_router_alias(name: str) -> bool:
     """AutoEP registers a block's router a second time, as ``gate``, so that HF's output recorders find it."""
     return ".mlp.gate.gate." in name
-
-
-def _index_pieces(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, _Piece]:
-    """Where every parameter of one rank lies in its flat groups (ZeRO-3)."""
-    world = tuple(range(int(model["dp_world_size"])))
-    described = optimizer.get("ds_zero_partition_groups")
-    pieces: dict[str, _Piece] = {}
-    for group, shapes in enumerate(model["param_shapes"]):
-        ranks = tuple(described[group]["partition_ranks"]) if described else world
-        start = 0
-        for name, shape in shapes.items():
-            numel = -(-torch.Size(shape).numel() // len(ranks))  # partitions are padded to equal length
-            pieces[name] = _Piece(group, start, numel, ranks, tuple(shape))
-            start += numel
-    for name, shape in (model.get("frozen_param_shapes") or {}).items():
-        pieces[name] = _Piece(-1, 0, 0, world, tuple(shape))
-    return pieces
 
 
 def _require_files(paths: list[Path]) -> None:

@@ -10,14 +10,12 @@ the same place puts it back first.
 from __future__ import annotations
 
 import copy
-import errno
 import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from moe_models.engine.plain_transformers import as_shipped
+from moe_models.files import _sync, replace_folder, restore_previous
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 """What ``save_pretrained`` used for years; hub pages and loaders are fine with it."""
@@ -39,19 +37,9 @@ _COMPANIONS = re.compile(
 )
 """With the weights, all that an export writes; a folder that holds anything else is not replaced."""
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
 
 class ExportError(RuntimeError):
     """The folder cannot be completed; the message names every tensor that is at fault. Nothing was left behind."""
-
-
-def parse_size(text: str) -> int:
-    """Bytes in ``"5GB"`` (decimal) or ``"5GiB"`` (binary). Raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
-    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"{text!r} is not a size; write it as 5GB, 500MB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 class HFFolderWriter:
@@ -181,17 +169,6 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def refuse_foreign_folder(folder: Path) -> None:
     """Raise :class:`ExportError` if writing to ``folder`` would destroy anything but an earlier HF export."""
     if not folder.exists():
@@ -204,70 +181,6 @@ def refuse_foreign_folder(folder: Path) -> None:
     if foreign or (entries and not (folder / "config.json").exists()):
         what = f" (it holds {foreign[0]})" if foreign else ""
         raise ExportError(f"{folder}: is not empty and is not an earlier export{what}; give a new folder")
-
-
-def _previous(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.previous")
-
-
-def restore_previous(folder: Path) -> None:
-    """Put an earlier export back that a process had moved away when it died between two renames."""
-    if _previous(folder).exists() and not folder.exists():
-        os.replace(_previous(folder), folder)
-
-
-def replace_folder(staging: Path, final: Path) -> None:
-    """Give ``staging`` the name ``final``. Each state that a crash can leave holds at least one whole folder."""
-    previous = _previous(final)
-    if previous.exists():
-        shutil.rmtree(previous)
-    if final.exists():
-        os.replace(final, previous)
-    os.replace(staging, final)
-    _sync(final.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
-    """Module-layout name -> shape of every tensor a checkpoint of this config holds, in model order.
-
-    Built on the meta device: no memory, no weights. Tied tensors appear once, as ``save_pretrained`` writes them.
-    """
-    model = _meta_model(config)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
-
-
-def tied_names(config: Any) -> set[str]:
-    """Module-layout names of the tensors that are another one's memory, and so not part of a checkpoint."""
-    return set(getattr(_meta_model(config), "all_tied_weights_keys", None) or {})
-
-
-def kept_in_fp32(config: Any) -> re.Pattern[str] | None:
-    """Matches the names of tensors that transformers holds in fp32 in a model of any dtype (DeepSeek-V3's bias)."""
-    patterns = getattr(_meta_model(config), "_keep_in_fp32_modules_strict", None) or ()
-    return re.compile("|".join(sorted(p.replace("*", ".*") for p in patterns))) if patterns else None
-
-
-def _meta_model(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with without_zero3(), as_shipped(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-@contextmanager
-def without_zero3() -> Iterator[None]:
-    """Let transformers build whole models in here; in a ZeRO-3 run it would partition them over the ranks."""
-    from transformers.integrations import deepspeed as hf_deepspeed
-
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if reference is not None and reference() is not None:
-            hf_deepspeed.set_hf_deepspeed_config(reference())
 
 
 def save_companions(

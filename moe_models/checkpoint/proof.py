@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from moe_models.checkpoint.from_engine import fingerprint
-from moe_models.checkpoint.hf_folder import ExportError, without_zero3
-from moe_models.engine.plain_transformers import as_shipped
+from moe_models.checkpoint.hf_folder import ExportError
+from moe_models.checkpoint.source import fingerprint
+from moe_models.engine.plain_transformers import as_shipped, without_zero3
 
 PROBE_SHAPE = (2, 48)
 """Sequences and tokens of the probe; enough for every expert of a common layer to be chosen."""

@@ -26,7 +26,7 @@ from moe_models.engine.autoep import autoep_layers
 from moe_models.engine.native import native_blocks
 from moe_models.errors import UserError
 from moe_models.families.table import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, Family
-from moe_models.preflight.paths import saved_layout
+from moe_models.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -246,3 +246,13 @@ def _ep_rank(ep_size: int, group: Any) -> int:
 
 def _shape(parameter: Any) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+LAYOUT_FILE = "layout.json"
+"""In a checkpoint folder: the layout that wrote it."""
+
+
+def saved_layout(checkpoint: str | Path) -> dict[str, Any] | None:
+    """The layout that wrote ``checkpoint``; None where it is not said."""
+    file = Path(checkpoint) / LAYOUT_FILE
+    return {"tp_size": 1, **read_json(file)} if file.is_file() else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 
 class TensorSource(Protocol):
@@ -32,3 +34,14 @@ def split_fused(dense: Callable[[str], torch.Tensor | None], block: str, project
         return None
     gate_EFD, up_EFD = gate_up_E2FD.chunk(2, dim=1)
     return gate_EFD if projection == "gate" else up_EFD
+
+
+def is_writer() -> bool:
+    """Whether this process writes the folder: rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    """CRC-32 of the tensor's bytes: equal for equal bits, whatever device, stride or rank they come from."""
+    content: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return zlib.crc32(content)

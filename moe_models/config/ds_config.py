@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,12 @@ from moe_models.config.deepspeed_keys import (
     REMOVED_ZERO_KEYS,
     SECTION_KEYS,
     TOP_LEVEL_KEYS,
-    ExpertParallel,
-    show,
-    translate,
-    unknown_key,
 )
+from moe_models.config.expert_parallel import ExpertParallel
 from moe_models.config.moe_section import Moe
-from moe_models.errors import UserError
+from moe_models.config.section import translate
+from moe_models.errors import UserError, show, unknown_key
+from moe_models.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,42 +62,6 @@ class DsConfig:
         """Whether DeepSpeed's throughput timer waits for the GPU around each forward and backward pass: its default."""
         timer = self.raw.get("timers", {}).get("throughput", {})
         return bool(timer.get("enabled", True) and timer.get("synchronized", True))
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Raises UserError for a path that cannot be read, malformed JSON (with line, column and the line itself), a key that
-    stands twice in one object (JSON keeps the last one silently), and a top level that is not an object.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if not path.is_file():
-        raise UserError(f"{path}: is not a file; give the path of one JSON file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    twice: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice.extend(sorted({key for key in keys if keys.count(key) > 1}))
-        return dict(pairs)
-
-    try:
-        data = json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        line = (text.splitlines() or [""])[error.lineno - 1 : error.lineno]
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: not valid JSON: {error.msg} at {where}: {' '.join(line).strip()!r}") from None
-    problems = [f'{path}: key "{key}" stands twice in one object; keep one' for key in twice]
-    if not isinstance(data, dict):
-        raise UserError([*problems, f"{path}: the top level is {show(data)}; it must be an object {{...}}"])
-    if problems:
-        raise UserError(problems)
-    return data
 
 
 def load_ds_config(path: str | Path) -> DsConfig:

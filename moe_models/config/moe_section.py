@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from moe_models.config.deepspeed_keys import Section, show
+from moe_models.config.section import Section
+from moe_models.errors import show
 
 _ARCHITECTURE = (
     "is part of the architecture, and the exported config.json has to say it; write {} into the config.json of a model "

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from moe_models.config.deepspeed_keys import show
 from moe_models.config.ds_config import without_own_autos
-from moe_models.errors import UserError
-from moe_models.nodes.meeting import ranks_per_node
+from moe_models.errors import UserError, show
+from moe_models.ranks import ranks_per_node
 
 
 def on_cpu() -> bool:

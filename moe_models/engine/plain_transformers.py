@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from moe_models.families.table import FAMILIES
 
 _SHIPPED: dict[str, dict[str, Any]] = {}
 
@@ -48,19 +46,15 @@ def as_shipped() -> Iterator[None]:
             vars(sys.modules[name]).update(meanings)
 
 
-def no_kernels(config: Mapping[str, Any], flag: str) -> Iterator[str]:
-    """A line if Liger does nothing for the family of this ``config.json``; what is no family is refused elsewhere."""
-    family = FAMILIES.get(config.get("model_type", ""))
-    if family is not None and not family.liger_kernels:
-        known = ", ".join(sorted(name for name, family in FAMILIES.items() if family.liger_kernels))
-        yield f"{flag}: Liger has no kernels for {family.model_type}, only for {known}; drop it"
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Let transformers build whole models in here; in a ZeRO-3 run it would partition them over the ranks."""
+    from transformers.integrations import deepspeed as hf_deepspeed
 
-
-def cannot_run(flag: str, *, on_gpu: bool) -> Iterator[str]:
-    """A line if Liger's kernels cannot run here, which transformers would find out after loading."""
-    from transformers.utils import is_liger_kernel_available
-
-    if not on_gpu:
-        yield f"{flag}: Liger's kernels need a GPU; drop it"
-    elif not is_liger_kernel_available():
-        yield f"{flag}: liger-kernel is not installed; pip install liger-kernel==0.8.5, or drop it"
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if reference is not None and reference() is not None:
+            hf_deepspeed.set_hf_deepspeed_config(reference())

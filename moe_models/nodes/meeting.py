@@ -25,22 +25,12 @@ from typing import Any
 
 from moe_models.errors import UserError
 from moe_models.nodes.facts import MENDS, Facts, Report, differences
+from moe_models.ranks import ranks_per_node
 
 SECONDS_TO_COME = 600
 """How long the nodes wait for each other at the start."""
 SECONDS_TO_SEE = 5
 """How long a node looks for a file that another one wrote."""
-
-
-def ranks_per_node() -> int:
-    """Ranks on this machine: LOCAL_WORLD_SIZE (torchrun, accelerate), LOCAL_SIZE (deepspeed), or else all."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
-    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
-
-
-def several_nodes() -> bool:
-    """Whether this run has ranks on other machines."""
-    return ranks_per_node() < int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Meeting:

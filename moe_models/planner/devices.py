@@ -13,9 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from moe_models.config.deepspeed_keys import show
-from moe_models.config.ds_config import read_json
-from moe_models.errors import UserError
+from moe_models.errors import UserError, show
+from moe_models.files import read_json
 
 DEVICES_FILE = Path(__file__).with_name("devices.json")
 

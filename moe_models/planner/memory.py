@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import Layout
+from moe_models.config.work import Work
 from moe_models.families.sizes import ModelSizes
 from moe_models.planner.shares import offloaded
-from moe_models.planner.traffic import Work
 from moe_models.planner.zero_states import BF16, FP32, StateBytes
 
 Loss = Literal["chunked", "full"]

@@ -8,13 +8,13 @@ from typing import Any
 
 from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import Layout
+from moe_models.config.work import Work
 from moe_models.errors import UserError
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
 from moe_models.planner.devices import Device
 from moe_models.planner.memory import Loss, Memory, host_bytes, memory_moments
 from moe_models.planner.step_time import StepTime, step_time
-from moe_models.planner.traffic import Work
 from moe_models.planner.zero_states import StateBytes
 
 GIB = 2**30

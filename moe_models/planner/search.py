@@ -11,16 +11,16 @@ from math import log
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_models.config.deepspeed_keys import ExpertParallel
 from moe_models.config.ds_config import DsConfig
+from moe_models.config.expert_parallel import ExpertParallel
 from moe_models.config.layout import Layout, divisors
 from moe_models.config.moe_section import Moe
+from moe_models.config.work import Work
 from moe_models.errors import UserError
 from moe_models.families.sizes import ModelSizes, model_sizes
 from moe_models.planner.devices import Device
 from moe_models.planner.memory import memory_moments
 from moe_models.planner.predict import GIB, Prediction, predict
-from moe_models.planner.traffic import Work
 from moe_models.planner.zero_states import StateBytes
 from moe_models.preflight.run import check_run, length_problems
 

@@ -7,8 +7,8 @@ from math import prod
 
 from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import Layout
+from moe_models.config.tp_plan import kind_of, layer_specs
 from moe_models.families.sizes import ModelSizes
-from moe_models.preflight.tensor_parallel import kind_of, layer_specs
 
 
 @dataclass(frozen=True, kw_only=True)

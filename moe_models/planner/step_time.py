@@ -14,12 +14,13 @@ from math import ceil
 
 from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import Layout
+from moe_models.config.work import Work
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import ModelSizes
 from moe_models.planner.devices import Device, Link, interpolate
 from moe_models.planner.memory import rank_load
 from moe_models.planner.shares import offloaded
-from moe_models.planner.traffic import Flow, Work, traffic
+from moe_models.planner.traffic import Flow, traffic
 from moe_models.planner.zero_states import BF16, StateBytes
 
 MATMUL_SHARE = 0.74

@@ -22,28 +22,13 @@ from typing import Literal
 
 from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import Groups, Layout
+from moe_models.config.tp_plan import kind_of, layer_specs
+from moe_models.config.work import Work
 from moe_models.families.sizes import ModelSizes
 from moe_models.planner.shares import share_of_one_rank
-from moe_models.preflight.tensor_parallel import kind_of, layer_specs
 
 Collective = Literal["all-to-all", "all-reduce", "all-gather", "reduce-scatter"]
 FP32 = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What one rank computes in one optimizer step."""
-
-    micro_batch: int
-    """Sequences in one forward pass."""
-    length: int
-    """Tokens in one sequence (the longest, for an upper bound)."""
-    accumulation: int = 1
-    """Forward passes in one optimizer step."""
-    element_bytes: int = 2
-    """Bytes of one activation or weight: 2 in bf16 and fp16, 4 in fp32."""
-    recompute: bool = True
-    """Activation checkpointing of each decoder layer: the backward pass repeats its forward."""
 
 
 @dataclass(frozen=True, kw_only=True)

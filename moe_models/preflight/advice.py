@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_models import versions
-from moe_models.config.deepspeed_keys import show
 from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import divisors
+from moe_models.config.work import Work
+from moe_models.errors import show
 from moe_models.families.table import FAMILIES, HAS_SELECTION_BIAS
-from moe_models.planner.traffic import Work
 
 TOKENS_FOR_ONE_EXPERT = 128
 """Rows in one tile of a grouped matrix product on GPUs of today; fewer tokens cost the same time."""

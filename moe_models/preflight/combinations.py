@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_models.config.deepspeed_keys import ExpertParallel, show
 from moe_models.config.ds_config import DsConfig
+from moe_models.config.expert_parallel import ExpertParallel
+from moe_models.errors import show
 
 
 def zero_problems(ds: DsConfig) -> Iterator[str]:

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moe_models.config.deepspeed_keys import show
 from moe_models.config.layout import divisors
 from moe_models.config.moe_section import MoeLayer
+from moe_models.errors import show
 from moe_models.families.table import FAMILIES, Family
 
 if TYPE_CHECKING:

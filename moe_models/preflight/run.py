@@ -14,14 +14,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_models import versions
-from moe_models.config.deepspeed_keys import ExpertParallel, show
 from moe_models.config.ds_config import DsConfig
+from moe_models.config.expert_parallel import ExpertParallel
 from moe_models.config.layout import divisors, size_problems
+from moe_models.errors import show
+from moe_models.families.config_json import read_model_config
 from moe_models.families.table import FAMILIES, HAS_SELECTION_BIAS, Family, moe_blocks
 from moe_models.preflight.advice import warnings_for_run
 from moe_models.preflight.combinations import autoep_combination_problems, autoep_zero_problems, zero_problems
 from moe_models.preflight.native import check_native
-from moe_models.preflight.paths import check_dataset_path, check_output_dir, read_model_config
+from moe_models.preflight.paths import check_dataset_path, check_output_dir
 from moe_models.preflight.sequence_parallel import sequence_parallel_problems
 from moe_models.preflight.tensor_parallel import tensor_parallel_problems
 

@@ -7,18 +7,17 @@ matrix and sums the gradient of its input over the TP group; ``row`` splits its 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from moe_models.config.layout import divisors
+from moe_models.config.tp_plan import Kind, kind_of, layer_specs, spec_of
 from moe_models.errors import UserError
 from moe_models.families.sizes import model_sizes
 
 if TYPE_CHECKING:
     from moe_models.config.ds_config import DsConfig
 
-Kind = Literal["column", "row", "skip"]
 
 REFUSED_FAMILIES = {
     "olmoe": "it normalises queries and keys over all heads together, and a peer has only its own",
@@ -26,26 +25,6 @@ REFUSED_FAMILIES = {
     "deepseek_v3": "its latent attention shares one rotary key among all heads, whose gradient AutoTP does not sum",
 }
 """Families whose attention AutoTP cannot split, and why."""
-
-
-def layer_specs(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The entries of ``tensor_parallel.partition_config.layer_specs`` of a ds_config; empty if there are none."""
-    return list(((raw.get("tensor_parallel") or {}).get("partition_config") or {}).get("layer_specs") or [])
-
-
-def spec_of(name: str, specs: list[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The entry that AutoTP applies to the module of parameter ``name``, or None."""
-    if not specs:
-        return None
-    weight = re.sub(r"\.bias$", ".weight", name)
-    return next((spec for spec in specs if any(re.match(p, weight) for p in spec.get("patterns", []))), None)
-
-
-def kind_of(name: str, specs: list[Mapping[str, Any]]) -> Kind:
-    """How AutoTP splits parameter ``name``; the bias of a row-parallel layer stays whole."""
-    spec = spec_of(name, specs)
-    kind: Kind = "skip" if spec is None else spec.get("partition_type", "column").lower()
-    return "skip" if kind == "row" and name.endswith(".bias") else kind
 
 
 def tensor_parallel_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> Iterator[str]:

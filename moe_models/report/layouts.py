@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_models.config.deepspeed_keys import ExpertParallel
-from moe_models.config.ds_config import read_json
+from moe_models.config.expert_parallel import ExpertParallel
 from moe_models.config.layout import Layout, size_problems
 from moe_models.config.moe_section import Moe
 from moe_models.errors import UserError
+from moe_models.files import read_json
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
 """Numbers of GPUs that the page offers."""

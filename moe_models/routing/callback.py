@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from moe_models.config.moe_section import Balance
 from moe_models.families.table import Family
+from moe_models.routing.bias import SelectionBias
 from moe_models.routing.load import LoadStats, overall
-from moe_models.routing.losses import AuxLoss, SelectionBias
+from moe_models.routing.losses import AuxLoss
 from moe_models.routing.tap import Observer, RouterTap, find_routers
 
 LOAD_FILE = "expert_load.jsonl"

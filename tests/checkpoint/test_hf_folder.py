@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from moe_models.checkpoint.hf_folder import ExportError, HFFolderWriter, parse_size
+from moe_models.checkpoint.hf_folder import ExportError, HFFolderWriter
+from moe_models.files import parse_size
 from tests.checkpoint.test_export_faults import leftovers
 from tests.support.roundtrip import load_tensors
 

@@ -1,4 +1,4 @@
-"""config.py and ds_schema.py: the words of every refusal."""
+"""ds_config.py and deepspeed_keys.py: the words of every refusal."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from moe_models.config import deepspeed_keys as ds_schema
-from moe_models.config.deepspeed_keys import ExpertParallel
-from moe_models.config.ds_config import load_ds_config, read_json
+from moe_models.config import deepspeed_keys
+from moe_models.config.ds_config import load_ds_config
+from moe_models.config.expert_parallel import ExpertParallel
 from moe_models.errors import UserError
+from moe_models.files import read_json
 
 GOOD: dict[str, Any] = {
     "bf16": {"enabled": True},
@@ -315,7 +316,7 @@ def test_forgotten_enabled(tmp_path: Path) -> None:
 
 def test_autos_that_hf_or_deepspeed_fill(tmp_path: Path) -> None:
     config: dict[str, Any] = {"expert_parallel": {"enabled": True, "top_k": "auto", "score_func": "auto"}}
-    for place in (*ds_schema.AUTO_FILLED, "data_types.keep_in_fp32_modules"):
+    for place in (*deepspeed_keys.AUTO_FILLED, "data_types.keep_in_fp32_modules"):
         *path, key = place.split(".")
         section = config
         for part in path:

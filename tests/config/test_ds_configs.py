@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from moe_models.config.ds_config import load_ds_config, read_json
+from moe_models.config.ds_config import load_ds_config
 from moe_models.config.layout import Layout
 from moe_models.config.moe_section import ELSEWHERE, MoeLayer
 from moe_models.engine.cpu import adapt_for_cpu
+from moe_models.files import read_json
 from moe_models.preflight.run import check_run, warnings_for_run
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"

@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 import pytest
 
-from moe_models.config import deepspeed_keys as ds_schema
-from moe_models.config.deepspeed_keys import ExpertParallel
+from moe_models.config import deepspeed_keys, expert_parallel
+from moe_models.config.expert_parallel import ExpertParallel
 
 
 def test_top_level_keys_are_those_that_deepspeed_asks_for() -> None:
@@ -36,11 +36,11 @@ def test_top_level_keys_are_those_that_deepspeed_asks_for() -> None:
             return self
 
     runtime.DeepSpeedConfig(Recorder(train_batch_size=1))
-    assert asked - ds_schema.REMOVED_KEYS - {"bfloat16"} <= ds_schema.TOP_LEVEL_KEYS
+    assert asked - deepspeed_keys.REMOVED_KEYS - {"bfloat16"} <= deepspeed_keys.TOP_LEVEL_KEYS
     # The two that deepspeed.initialize reads itself.
-    assert ds_schema.TOP_LEVEL_KEYS - asked <= {"sequence_parallel_size", "data_parallel_size"}
-    assert set(runtime._REMOVED_TOP_LEVEL_CONFIG_KEYS) == ds_schema.REMOVED_KEYS
-    assert set(runtime._REMOVED_ZERO_CONFIG_KEYS) == ds_schema.REMOVED_ZERO_KEYS
+    assert deepspeed_keys.TOP_LEVEL_KEYS - asked <= {"sequence_parallel_size", "data_parallel_size"}
+    assert set(runtime._REMOVED_TOP_LEVEL_CONFIG_KEYS) == deepspeed_keys.REMOVED_KEYS
+    assert set(runtime._REMOVED_ZERO_CONFIG_KEYS) == deepspeed_keys.REMOVED_ZERO_KEYS
 
 
 def test_section_keys_exist_in_deepspeed() -> None:
@@ -48,7 +48,7 @@ def test_section_keys_exist_in_deepspeed() -> None:
     timers = pytest.importorskip("deepspeed.utils.config")
     both = {**vars(constants), **vars(timers)}
     words = {value for name, value in both.items() if name.isupper() and isinstance(value, str)}
-    for section, keys in ds_schema.SECTION_KEYS.items():
+    for section, keys in deepspeed_keys.SECTION_KEYS.items():
         assert set(keys) <= words, section
 
 
@@ -66,8 +66,8 @@ def test_expert_parallel_is_deepspeeds_section() -> None:
     registry = pytest.importorskip("deepspeed.module_inject.auto_ep_presets.registry")
     experts = pytest.importorskip("deepspeed.moe.ep_experts")
     ours_too = {"olmoe"}  # moe_models.engine.autoep registers it, if another test ran before this one
-    assert set(get_args(ds_schema.AutoEPPreset)) == set(registry.available_preset_names()) - ours_too
-    assert set(get_args(ds_schema.ExpertActivation)) == set(experts.EXPERT_ACTIVATIONS)
+    assert set(get_args(expert_parallel.AutoEPPreset)) == set(registry.available_preset_names()) - ours_too
+    assert set(get_args(expert_parallel.ExpertActivation)) == set(experts.EXPERT_ACTIVATIONS)
 
 
 def test_choices_are_deepspeeds() -> None:
@@ -84,7 +84,7 @@ def test_auto_places_are_those_hf_fills() -> None:
     deepspeed = pytest.importorskip("transformers.integrations.deepspeed")
     source = Path(deepspeed.__file__).read_text()
     filled = set(re.findall(r'fill_(?:match|only)\(\s*"([\w.]+)"', source))
-    assert filled == set(ds_schema.AUTO_FILLED)
+    assert filled == set(deepspeed_keys.AUTO_FILLED)
 
 
 def test_importing_costs_neither_torch_nor_deepspeed() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_models.config.deepspeed_keys import ExpertParallel
 from moe_models.config.ds_config import load_ds_config
+from moe_models.config.expert_parallel import ExpertParallel
 from moe_models.engine.cpu import adapt_for_cpu
 from moe_models.errors import UserError
 

@@ -14,6 +14,7 @@ import pytest
 
 from moe_models.engine import plain_transformers as liger
 from moe_models.errors import UserError
+from moe_models.preflight import liger as refusals
 from tests.support import parity
 from tests.support.cluster import Cluster
 
@@ -101,12 +102,12 @@ def test_kernels_that_were_there_before_are_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_missing_is_said_before_a_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(liger.cannot_run("+liger", on_gpu=False)) == ["+liger: Liger's kernels need a GPU; drop it"]
+    assert list(refusals.cannot_run("+liger", on_gpu=False)) == ["+liger: Liger's kernels need a GPU; drop it"]
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
-    (line,) = liger.cannot_run("+liger", on_gpu=True)
+    (line,) = refusals.cannot_run("+liger", on_gpu=True)
     assert line.startswith("+liger: liger-kernel is not installed; pip install liger-kernel==")
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: True)
-    assert list(liger.cannot_run("+liger", on_gpu=True)) == []
+    assert list(refusals.cannot_run("+liger", on_gpu=True)) == []
 
 
 NO_KERNELS = "Liger has no kernels for olmoe, only for deepseek_v2, deepseek_v3, mixtral, qwen3_moe; drop it"
@@ -118,7 +119,7 @@ NO_KERNELS = "Liger has no kernels for olmoe, only for deepseek_v2, deepseek_v3,
      ({"model_type": "gpt2"}, []), ({}, [])],  # the last two are refused elsewhere
 )  # fmt: skip
 def test_families_without_kernels(config: dict[str, Any], lines: list[str]) -> None:
-    assert list(liger.no_kernels(config, "--flag")) == lines
+    assert list(refusals.no_kernels(config, "--flag")) == lines
 
 
 def test_planner_and_bench_refuse_what_would_do_nothing(tmp_path: Path) -> None:

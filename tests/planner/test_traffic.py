@@ -13,8 +13,9 @@ import pytest
 
 from moe_models.config.ds_config import load_ds_config
 from moe_models.config.layout import Layout
+from moe_models.config.work import Work
 from moe_models.families.sizes import model_sizes
-from moe_models.planner.traffic import Work, spans_nodes, traffic
+from moe_models.planner.traffic import spans_nodes, traffic
 from tests.support import parity, trace
 from tests.support.cluster import Cluster
 from tests.support.tiny import TINY

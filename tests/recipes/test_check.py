@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moe_models.config.ds_config import load_ds_config
-from moe_models.planner.traffic import Work
+from moe_models.config.work import Work
 from moe_models.preflight.run import check_run, warnings_for_run
 from recipes import check
 

@@ -165,7 +165,7 @@ def write_checkpoint(folder: Path, stage: int, layers: int) -> None:
     import torch
     from transformers import MixtralConfig
 
-    from moe_models.checkpoint.hf_folder import expected_tensors
+    from moe_models.checkpoint.expected import expected_tensors
 
     config = MixtralConfig(num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, **SIZES)
     config.dtype = torch.bfloat16

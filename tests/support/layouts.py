@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_models.config.deepspeed_keys import ExpertParallel
 from moe_models.config.ds_config import DsConfig
+from moe_models.config.expert_parallel import ExpertParallel
 from moe_models.config.moe_section import Moe
-from moe_models.planner.traffic import Work
+from moe_models.config.work import Work
 
 ROOT = Path(__file__).parents[2]
 if str(ROOT / "recipes") not in sys.path:  # as python does for a script

@@ -123,8 +123,8 @@ def export_unchanged(
     import torch
     from transformers import AutoConfig
 
-    from moe_models.checkpoint.from_engine import is_writer
     from moe_models.checkpoint.proof import prove_folder, record_logits
+    from moe_models.checkpoint.source import is_writer
 
     engine = make_engine(source, stage, ep_size, dtype, tensor_parallel=tensor_parallel)
     rotary = {b.dtype for n, b in engine.module.named_buffers() if n.endswith("inv_freq")}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moe_models.config.ds_config import read_json
+from moe_models.files import read_json
 from tests.support import parity
 from tests.support.cluster import Cluster
 from tests.support.recipe import ROOT

@@ -1,0 +1,38 @@
+"""The tensors that a checkpoint of a config must hold, from the model class on the meta device."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from moe_models.engine.plain_transformers import as_shipped, without_zero3
+
+
+def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
+    """Module-layout name -> shape of every tensor a checkpoint of this config holds, in model order.
+
+    Built on the meta device: no memory, no weights. Tied tensors appear once, as ``save_pretrained`` writes them.
+    """
+    model = _meta_model(config)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+
+
+def tied_names(config: Any) -> set[str]:
+    """Module-layout names of the tensors that are another one's memory, and so not part of a checkpoint."""
+    return set(getattr(_meta_model(config), "all_tied_weights_keys", None) or {})
+
+
+def kept_in_fp32(config: Any) -> re.Pattern[str] | None:
+    """Matches the names of tensors that transformers holds in fp32 in a model of any dtype (DeepSeek-V3's bias)."""
+    patterns = getattr(_meta_model(config), "_keep_in_fp32_modules_strict", None) or ()
+    return re.compile("|".join(sorted(p.replace("*", ".*") for p in patterns))) if patterns else None
+
+
+def _meta_model(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with without_zero3(), as_shipped(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)

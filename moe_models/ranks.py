@@ -1,0 +1,22 @@
+"""Which process this is: rank, world size, ranks on this machine. From the environment; torch-free."""
+
+from __future__ import annotations
+
+import os
+
+
+def ranks_per_node() -> int:
+    """Ranks on this machine: LOCAL_WORLD_SIZE (torchrun, accelerate), LOCAL_SIZE (deepspeed), or else all."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
+
+
+def several_nodes() -> bool:
+    """Whether this run has ranks on other machines."""
+    return ranks_per_node() < int(os.environ.get("WORLD_SIZE", "1"))
+
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
