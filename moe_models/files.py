@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +95,26 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A draft beside ``path``, a file or a folder, that gets the name ``path`` when the block ends well.
+
+    If the block raises, the draft is removed and ``path`` is what it was. A file that was there before is replaced.
+    """
+    draft = path.with_name(f".{path.name}")
+    try:
+        yield draft
+        _sync(draft)
+        os.replace(draft, path)
+    except BaseException:
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink(missing_ok=True)
+        raise
+
+
 def write(path: Path, text: str) -> None:
-    """Text that appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Write a text file that appears complete or not at all."""
+    with whole(path) as draft:
+        draft.write_text(text)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 
+RANK = int(os.environ.get("RANK", "0"))
+"""This process among all of the run; 0 without a launcher."""
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+"""Processes of the run; 1 without a launcher."""
+
 
 def ranks_per_node() -> int:
     """Ranks on this machine: LOCAL_WORLD_SIZE (torchrun, accelerate), LOCAL_SIZE (deepspeed), or else all."""
@@ -14,9 +19,3 @@ def ranks_per_node() -> int:
 def several_nodes() -> bool:
     """Whether this run has ranks on other machines."""
     return ranks_per_node() < int(os.environ.get("WORLD_SIZE", "1"))
-
-
-RANK = int(os.environ.get("RANK", "0"))
-
-
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
