@@ -47,7 +47,7 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
     """Export ``checkpoint`` to ``output_dir``. Raises UserError for input that cannot work."""
     from moe_models.checkpoint.hf_folder import ExportError, refuse_foreign_folder
     from moe_models.families.config_json import read_model_config
-    from moe_models.families.table import FAMILIES, HAS_SELECTION_BIAS
+    from moe_models.families.table import FAMILIES, Family
     from moe_models.files import parse_size
 
     problems: list[str] = []
@@ -60,7 +60,7 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
         refuse_foreign_folder(output_dir)
     except (ExportError, OSError) as error:
         problems.append(f"--output_dir {error}")
-    family, model_type = None, None
+    family: Family | None = None
     if not checkpoint.is_dir():
         problems.append(f"--checkpoint {checkpoint}: no such folder; give a checkpoint-N folder that training wrote")
     else:
@@ -87,7 +87,7 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
     except Exception as error:  # whatever transformers says about values it cannot use
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{checkpoint}: its config.json cannot be used: {reason}") from error
-    bias_left_out = (checkpoint / BIAS_FILE).exists() and model_type not in HAS_SELECTION_BIAS
+    bias_left_out = (checkpoint / BIAS_FILE).exists() and not family.selection_bias
 
     def add_bias(staged: Path) -> None:
         if bias_left_out:
@@ -112,8 +112,8 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
     print(f"{output_dir}: {size / 1e9:.2f} GB, {source.dtype}, complete; load it with from_pretrained")
     if bias_left_out:
         print(
-            f"warning: {model_type} has no place for the selection bias that this model was trained with: it routes "
-            f"without it; the bias of each layer is in {BIAS_FILE} beside it"
+            f"warning: {family.model_type} has no place for the selection bias that this model was trained with: it "
+            f"routes without it; the bias of each layer is in {BIAS_FILE} beside it"
         )
 
 

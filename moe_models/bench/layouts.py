@@ -19,7 +19,7 @@ from typing import Any
 from moe_models.config.ds_config import DsConfig, load_ds_config
 from moe_models.config.layout import divisors
 from moe_models.errors import UserError
-from moe_models.families.table import FAMILIES, moe_blocks
+from moe_models.families.table import family_of, moe_blocks
 from moe_models.files import read_json
 from moe_models.preflight.liger import no_kernels
 from moe_models.preflight.run import check_run
@@ -138,7 +138,7 @@ def _json_of(source: str, model_config: Mapping[str, Any], world_size: int) -> d
 
 
 def _experts(model_config: Mapping[str, Any]) -> int:
-    family = FAMILIES.get(str(model_config.get("model_type")))
+    family = family_of(model_config)
     return family.num_experts(model_config) if family and list(moe_blocks(family, model_config)) else 0
 
 

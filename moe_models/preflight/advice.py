@@ -12,7 +12,7 @@ from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import divisors
 from moe_models.config.work import Work
 from moe_models.errors import show
-from moe_models.families.table import FAMILIES, HAS_SELECTION_BIAS
+from moe_models.families.table import family_of
 
 TOKENS_FOR_ONE_EXPERT = 128
 """Rows in one tile of a grouped matrix product on GPUs of today; fewer tokens cost the same time."""
@@ -47,12 +47,13 @@ def warnings_for_run(
             "timers.throughput: on unless the JSON says otherwise, and then DeepSpeed waits for the GPU before and "
             'after each forward and backward pass; set "timers": {"throughput": {"enabled": false}}'
         )
-    balance, model_type = ds.moe.balance, model_config.get("model_type")
-    if balance and balance.bias_update_rate and model_type not in HAS_SELECTION_BIAS:
+    balance = ds.moe.balance
+    family = family_of(model_config)
+    if balance and balance.bias_update_rate and (family is None or not family.selection_bias):
         lines.append(
-            f"moe.balance.bias_update_rate = {balance.bias_update_rate}: {model_type} has no place for the bias, so "
-            "the exported model routes without it and may lose quality; the losses stay with the model, or train "
-            "deepseek_v3"
+            f"moe.balance.bias_update_rate = {balance.bias_update_rate}: {model_config.get('model_type')} has no place "
+            "for the bias, so the exported model routes without it and may lose quality; the losses stay with the "
+            "model, or train deepseek_v3"
         )
     many = gpus_per_node is not None and world_size > gpus_per_node
     for key, size in (("tensor_parallel.autotp_size", ds.tp_size), ("sequence_parallel_size", ds.sp_size)):
@@ -83,7 +84,8 @@ def _batch_advice(ds: DsConfig, model_config: Mapping[str, Any], work: Work) -> 
     """What the number of tokens in a step says about the layout."""
     length = -(-work.length // ds.sp_size)  # of one rank's part of a sequence
     tokens = work.micro_batch * length
-    experts, family = ds.expert_parallel, FAMILIES.get(str(model_config.get("model_type")))
+    experts = ds.expert_parallel
+    family = family_of(model_config)
     if ds.zero_stage == 2 and work.accumulation > 1:
         yield (
             f"zero_optimization.stage = 2 with {work.accumulation} accumulation steps: gradients travel after each of "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moe_models.config.layout import divisors
 from moe_models.config.moe_section import MoeLayer
 from moe_models.errors import show
-from moe_models.families.table import FAMILIES, Family
+from moe_models.families.table import FAMILIES, Family, family_of
 
 if TYPE_CHECKING:
     from moe_models.config.ds_config import DsConfig
@@ -29,16 +29,12 @@ def check_native(ds: DsConfig, layer: MoeLayer, config: Mapping[str, Any], world
 
 def inexpressible(layer: MoeLayer, family: Family, config: Mapping[str, Any]) -> list[str]:
     """One line for each thing in the model's MoE blocks that the layer cannot compute, or that a key asks in vain."""
-    model_type = family.model_type
-    if model_type in ("deepseek_v2", "deepseek_v3"):
-        what = "sigmoid scores and expert groups" if model_type == "deepseek_v3" else "un-normalised, scaled weights"
-        return [f"moe.layer with model_type = {show(model_type)}: the layer has no {what}; {_INSTEAD}"]
+    if family.no_native_layers is not None:
+        return [f"moe.layer with model_type = {show(family.model_type)}: {family.no_native_layers}; {_INSTEAD}"]
     problems = []
     k = layer.k or int(config["num_experts_per_tok"])
     experts = min(family.expert_counts(config))
-    normalised = model_type == "mixtral" or bool(config.get("norm_topk_prob", False))
-    if model_type == "prmoe":  # made after the layer
-        normalised = k > 1
+    normalised = family.router.normalises(config, k)
     if k > experts:
         problems.append(f"moe.layer.k = {k}: must be 1 to {experts} (the experts)")
     if k > 1 and not normalised:
@@ -98,7 +94,7 @@ def _zero_problems(ds: DsConfig) -> Iterator[str]:
 
 
 def _model_problems(layer: MoeLayer, config: Mapping[str, Any], world_size: int) -> Iterator[str]:
-    family = FAMILIES.get(str(config.get("model_type")))
+    family = family_of(config)
     if family is None:
         yield (
             f"model_type = {show(config.get('model_type'))}: moe.layer knows {', '.join(sorted(FAMILIES))}; make a MoE "
@@ -110,7 +106,7 @@ def _model_problems(layer: MoeLayer, config: Mapping[str, Any], world_size: int)
     except (KeyError, TypeError, ValueError):
         yield (
             f"config.json: {family.num_experts_key} and num_experts_per_tok must be whole numbers of at least 1"
-            + (" (the first may be a list, one for each layer)" if family.model_type == "prmoe" else "")
+            + (" (the first may be a list, one for each layer)" if not family.pools_layers else "")
         )
         return
     if not counts:

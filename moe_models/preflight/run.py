@@ -19,7 +19,7 @@ from moe_models.config.expert_parallel import ExpertParallel
 from moe_models.config.layout import divisors, size_problems
 from moe_models.errors import show
 from moe_models.families.config_json import read_model_config
-from moe_models.families.table import FAMILIES, HAS_SELECTION_BIAS, Family, moe_blocks
+from moe_models.families.table import FAMILIES, Family, family_of, moe_blocks
 from moe_models.preflight.advice import warnings_for_run
 from moe_models.preflight.combinations import autoep_combination_problems, autoep_zero_problems, zero_problems
 from moe_models.preflight.native import check_native
@@ -57,7 +57,7 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
     problems += _balance_problems(ds, model_config)
     problems += tensor_parallel_problems(ds, model_config)
     problems += sequence_parallel_problems(ds, model_config)
-    if ds.expert_parallel is None and ds.moe.layer is None and model_config.get("model_type") not in FAMILIES:
+    if ds.expert_parallel is None and ds.moe.layer is None and family_of(model_config) is None:
         problems.append(
             f"model_type = {show(model_config.get('model_type'))}: known are {', '.join(sorted(FAMILIES))}; turn a "
             "dense model into one of them with recipes/upcycle.py"
@@ -115,11 +115,11 @@ def _batch_problems(ds: DsConfig, world_size: int) -> Iterator[str]:
 
 def _model_problems(experts: ExpertParallel, config: Mapping[str, Any], world_size: int) -> Iterator[str]:
     model_type = config.get("model_type")
-    family = FAMILIES.get(str(model_type))
+    family = family_of(config)
     known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.autoep_preset))
-    if family is not None and family.autoep_preset is None:
+    if family is not None and family.no_autoep is not None:
         yield (
-            f"model_type = {show(model_type)}: AutoEP would leave out its residual MLP; use moe.layer instead "
+            f"model_type = {show(model_type)}: {family.no_autoep}; use moe.layer instead "
             "(ds_configs/zero1_ep2_native.json and its siblings), or remove expert_parallel"
         )
         return
@@ -216,7 +216,7 @@ def _balance_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> Iterator
         return
     model_type = model_config.get("model_type")
     coefficient = model_config.get("router_aux_loss_coef") if balance.aux_loss_coef is None else balance.aux_loss_coef
-    family = FAMILIES.get(str(model_type))
+    family = family_of(model_config)
     if coefficient is None and family is not None and not family.returns_aux_loss:
         coefficient = 0.0
     for key, value, default in (("scope", balance.scope, "micro_batch"), ("per_layer", balance.per_layer, False)):
@@ -235,7 +235,7 @@ def _balance_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> Iterator
             f"moe.balance.bias_update_rate = {balance.bias_update_rate}: the gate of native layers chooses by its "
             "scores alone and has no place for a bias; use expert_parallel instead of moe.layer, or remove the key"
         )
-    elif balance.bias_update_rate and ds.expert_parallel is None and model_type not in HAS_SELECTION_BIAS:
+    elif balance.bias_update_rate and ds.expert_parallel is None and (family is None or not family.selection_bias):
         yield (
             f"moe.balance.bias_update_rate = {balance.bias_update_rate}: the router of {show(model_type)} has no "
             "selection bias without expert_parallel; add that section (autoep_size 1 will do), or remove the key"

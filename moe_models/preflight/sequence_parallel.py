@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moe_models.config.layout import divisors
 from moe_models.errors import UserError
 from moe_models.families.sizes import model_sizes
+from moe_models.families.table import family_of
 
 if TYPE_CHECKING:
     from moe_models.config.ds_config import DsConfig
@@ -41,10 +42,10 @@ def sequence_parallel_problems(ds: DsConfig, model_config: Mapping[str, Any]) ->
         sizes = model_sizes(model_config)
     except UserError:  # a config.json that is broken beyond this, or a model that AutoEP does not take
         return
-    if sizes.value_dim != sizes.head_dim or model_config.get("kv_lora_rank") is not None:
+    family = family_of(model_config)
+    if family is not None and family.no_sequence_parallel is not None:
         yield (
-            f"{key} with model_type = {model_config.get('model_type')}: Ulysses exchanges heads of one width, and the "
-            "queries and values of latent attention have two; remove sequence_parallel_size"
+            f"{key} with model_type = {family.model_type}: {family.no_sequence_parallel}; remove sequence_parallel_size"
         )
     elif sizes.heads % ds.sp_size:
         yield f"{key} does not divide the model's {sizes.heads} attention heads; use one of {divisors(sizes.heads)}"

@@ -14,24 +14,17 @@ from moe_models.config.layout import divisors
 from moe_models.config.tp_plan import Kind, kind_of, layer_specs, spec_of
 from moe_models.errors import UserError
 from moe_models.families.sizes import model_sizes
+from moe_models.families.table import family_of
 
 if TYPE_CHECKING:
     from moe_models.config.ds_config import DsConfig
-
-
-REFUSED_FAMILIES = {
-    "olmoe": "it normalises queries and keys over all heads together, and a peer has only its own",
-    "deepseek_v2": "its latent attention shares one rotary key among all heads, whose gradient AutoTP does not sum",
-    "deepseek_v3": "its latent attention shares one rotary key among all heads, whose gradient AutoTP does not sum",
-}
-"""Families whose attention AutoTP cannot split, and why."""
 
 
 def tensor_parallel_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> Iterator[str]:
     """What cannot be trained with ``"tensor_parallel"``, for the JSON and then for the model."""
     if ds.tp_size == 1 or ds.moe.layer is not None:  # native layers say no themselves
         return
-    key, model_type = f"tensor_parallel.autotp_size = {ds.tp_size}", str(model_config.get("model_type"))
+    key = f"tensor_parallel.autotp_size = {ds.tp_size}"
     example = "copy the section of ds_configs/zero1_ep2_tp2.json"
     if ds.expert_parallel is None:
         yield f"{key} without expert_parallel: not tested here; add expert_parallel, or remove tensor_parallel"
@@ -42,8 +35,9 @@ def tensor_parallel_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> I
         )
     if ds.moe.balance is not None:
         yield f"{key} with moe.balance: not tested together; remove one of the two"
-    if model_type in REFUSED_FAMILIES:
-        yield f"{key} with model_type = {model_type}: {REFUSED_FAMILIES[model_type]}; remove tensor_parallel"
+    family = family_of(model_config)
+    if family is not None and family.no_tensor_parallel is not None:
+        yield f"{key} with model_type = {family.model_type}: {family.no_tensor_parallel}; remove tensor_parallel"
         return
     specs = layer_specs(ds.raw)
     if not specs or ds.raw["tensor_parallel"].get("preset_model"):

@@ -6,7 +6,7 @@ Used by `upcycle`, which must refuse before it writes. Covers the pre-norm SwiGL
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from moe_models.families.table import Family
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -27,14 +29,15 @@ class Header:
     dtype: torch.dtype
 
 
-def read_dense(folder: Path, model_types: Collection[str]) -> tuple[Any, dict[str, Header], list[str]]:
+def read_dense(folder: Path, targets: Mapping[str, Family]) -> tuple[Any, dict[str, Header], list[str]]:
     """Config, headers by tensor name, and one line for each thing that a MoE twin cannot express or that is broken.
 
-    Config and headers mean something only if there are no problems.
+    ``targets`` says which dense ``model_type`` becomes which family. Config and headers mean something only if there
+    are no problems.
     """
     if not folder.is_dir():
         return None, {}, [f"{folder}: is not a folder; name the folder of a dense Hugging Face checkpoint"]
-    config, problems = _read_config(folder / "config.json", model_types)
+    config, problems = _read_config(folder / "config.json", targets)
     headers, header_problems = read_headers(folder)
     problems += header_problems
     if config is not None and headers:
@@ -42,15 +45,16 @@ def read_dense(folder: Path, model_types: Collection[str]) -> tuple[Any, dict[st
     return config, headers, problems
 
 
-def _read_config(file: Path, model_types: Collection[str]) -> tuple[Any, list[str]]:
+def _read_config(file: Path, targets: Mapping[str, Family]) -> tuple[Any, list[str]]:
     try:
         raw = json.loads(file.read_text())
     except FileNotFoundError:
         return None, [f"{file}: is missing; name the folder of a dense Hugging Face checkpoint"]
     except ValueError as error:
         return None, [f"{file}: is not JSON ({error}); download it again"]
-    if (model_type := raw.get("model_type")) not in model_types:
-        return None, [f"{file}: model_type={model_type!r}: must be one of {', '.join(model_types)}"]
+    model_type = raw.get("model_type")
+    if model_type not in targets:
+        return None, [f"{file}: model_type={model_type!r}: must be one of {', '.join(targets)}"]
     wrong = []
     if "auto_map" in raw:
         wrong.append("auto_map: the checkpoint brings its own modelling code; only stock classes can be translated")
@@ -60,7 +64,7 @@ def _read_config(file: Path, model_types: Collection[str]) -> tuple[Any, list[st
         wrong.append(f"hidden_act={act!r}: must be 'silu'; experts are SwiGLU")
     if raw.get("mlp_bias"):
         wrong.append("mlp_bias=true: must be false; experts have no bias")
-    if raw.get("attention_bias") and model_type != "qwen3":
+    if raw.get("attention_bias") and not targets[model_type].attention.output_bias:
         wrong.append("attention_bias=true: must be false; no supported MoE class has this bias on o_proj")
     if raw.get("use_sliding_window"):
         wrong.append("use_sliding_window=true: must be false; the MoE class has another pattern of layers")

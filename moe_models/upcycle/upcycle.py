@@ -29,8 +29,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moe_models.errors import UserError
+from moe_models.families.table import FAMILIES, Family
 from moe_models.upcycle.dense_folder import Header, count_parameters, read_dense, read_headers
 
 RouterInit = Literal["normal", "zeros"]
@@ -38,33 +40,15 @@ Progress = Callable[[int, int], None]
 """Called after each tensor with (bytes done, bytes in all)."""
 
 SHARED_EXPERT_SIZE = 128
-_MLP = re.compile(r"(model\.layers\.\d+\.)mlp\.(gate_proj|up_proj|down_proj)\.weight")
+_MLP = re.compile(r"(model\.layers\.\d+\.)mlp\.(gate|up|down)_proj\.weight")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _SIDE_FILES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 _DENSE_KEYS = {"architectures", "attention_bias", "dtype", "layer_types", "max_window_layers", "mlp_bias", "model_type"}
 _DENSE_KEYS |= {"pretraining_tp", "transformers_version", "use_sliding_window", "_name_or_path"}
 
 
-@dataclass(frozen=True)
-class Target:
-    """A MoE `model_type` and how hub checkpoints name its MoE block and expert projections."""
-
-    model_type: str
-    architecture: str
-    block: str = "mlp"
-    gate_proj: str = "gate_proj"
-    up_proj: str = "up_proj"
-    down_proj: str = "down_proj"
-
-
-_MIXTRAL = Target("mixtral", "MixtralForCausalLM", "block_sparse_moe", gate_proj="w1", up_proj="w3", down_proj="w2")
-TARGETS = {
-    "llama": _MIXTRAL,
-    "mistral": _MIXTRAL,
-    "qwen2": Target("qwen2_moe", "Qwen2MoeForCausalLM"),
-    "qwen3": Target("qwen3_moe", "Qwen3MoeForCausalLM"),
-}
-"""Dense `model_type` -> what it becomes."""
+TARGETS = {source: family for family in FAMILIES.values() for source in family.dense_sources}
+"""Dense `model_type` -> the family that it becomes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,38 +180,40 @@ def _argument_problems(num_experts: int, top_k: int, router_init: str, noise: fl
     return problems
 
 
-def _moe_config(config: Any, target: Target, num_experts: int, top_k: int, headers: dict[str, Header]) -> Any:
+def _moe_config(config: Any, target: Family, num_experts: int, top_k: int, headers: dict[str, Header]) -> Any:
     """The dense config under the target's class; every key is carried over but those that only dense models have."""
     keys = {key: value for key, value in config.to_dict().items() if key not in _DENSE_KEYS}
-    keys |= {"architectures": [target.architecture], "num_experts_per_tok": top_k}
+    keys |= {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[target.model_type]], "num_experts_per_tok": top_k}
     keys["dtype"] = config.dtype or headers["model.norm.weight"].dtype
     if getattr(config, "attention_bias", False):  # only Qwen3 gets here with one
         keys["attention_bias"] = True
-    if target is _MIXTRAL:
-        return AutoConfig.for_model("mixtral", **keys, num_local_experts=num_experts)
-    keys |= {"num_experts": num_experts, "moe_intermediate_size": config.intermediate_size, "norm_topk_prob": True}
-    if target.model_type == "qwen2_moe":
-        keys["shared_expert_intermediate_size"] = SHARED_EXPERT_SIZE
+    keys |= {target.num_experts_key: num_experts, target.expert_size_key: config.intermediate_size}
+    if isinstance(target.router.normalise, str):
+        keys[target.router.normalise] = True
+    if target.shared is not None:
+        keys[target.shared.size_key] = SHARED_EXPERT_SIZE
     return AutoConfig.for_model(target.model_type, **keys)
 
 
 def _plan(
-    config: Any, headers: dict[str, Header], target: Target, num_experts: int, router_init: RouterInit, noise: float
+    config: Any, headers: dict[str, Header], target: Family, num_experts: int, router_init: RouterInit, noise: float
 ) -> dict[str, _Recipe]:
     """Output tensor name -> how it is made, layer by layer, so that a layer's experts lie together in a shard."""
     D, S, std = config.hidden_size, SHARED_EXPERT_SIZE, config.initializer_range
     fresh = {"gate.weight": ((num_experts, D), std if router_init == "normal" else 0.0)}
-    if target.model_type == "qwen2_moe":
-        fresh |= {f"shared_expert.{name}_proj.weight": ((S, D), std) for name in ("gate", "up")}
-        fresh |= {"shared_expert.down_proj.weight": ((D, S), 0.0), "shared_expert_gate.weight": ((1, D), 0.0)}
+    if target.shared is not None:
+        fresh |= {f"{target.shared.name}.{name}_proj.weight": ((S, D), std) for name in ("gate", "up")}
+        fresh |= {f"{target.shared.name}.down_proj.weight": ((D, S), 0.0)}
+        fresh |= {f"{target.shared.gate}.weight": ((1, D), 0.0)}
     plan: dict[str, _Recipe] = {}
     for name in sorted(headers, key=lambda n: [int(part) if part.isdigit() else part for part in n.split(".")]):
         shape, dtype = headers[name].shape, headers[name].dtype
         if mlp := _MLP.fullmatch(name):
-            block, projection = mlp[1] + target.block, getattr(target, mlp[2])
+            block = mlp[1] + target.hub_block
+            projection = target.hub_expert_names[mlp[2]]
             expert = _Recipe(shape=shape, dtype=dtype, source=name, noise=noise)
             plan |= {f"{block}.experts.{e}.{projection}.weight": expert for e in range(num_experts)}
-            if mlp[2] == "gate_proj":  # once per layer
+            if mlp[2] == "gate":  # once per layer
                 plan |= {f"{block}.{n}": _Recipe(shape=s, dtype=dtype, std=scale) for n, (s, scale) in fresh.items()}
         elif not name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold it; it follows from the config
             plan[name] = _Recipe(shape=shape, dtype=dtype, source=name)
