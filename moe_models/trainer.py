@@ -125,7 +125,7 @@ class ExpertParallelTraining(Trainer):
         config = self.source_config.to_dict()
         self.routing = Routing(self.family, config, self.balancing.balance, self.balancing.coefficient)
         self.add_callback(self.routing)
-        self._sizes = None if self.family.model_type == "prmoe" else model_sizes(config)
+        self._sizes = model_sizes(config) if self.family.counts_flops else None
 
     @property
     def _deepspeed_json(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class ExpertParallelTraining(Trainer):
             coefficient=getattr(self, "router_aux_loss_coef", coefficient),
             model_has_loss=model_has_loss,
             native_layers_balance=any(block.layer.aux_loss == "layer" for block in self.native.values()),
-            layers_differ=self.family.model_type == "prmoe",
+            layers_differ=not self.family.pools_layers,
             sequence_parallel=self.ulysses is not None,
         )
         if chosen.source is not Source.MODEL:
