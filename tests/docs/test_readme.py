@@ -15,11 +15,7 @@ from tests.support.cluster import free_port
 from tests.support.recipe import venv_for_run_sh
 
 ROOT = Path(__file__).parents[2]
-
-
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
 VERBS = {"finetune", "upcycle", "export", "check", "plan", "bench", "report"}
 """Each is shown at least once; ``pretrain`` is shown by model_configs/README.md and run by tests/recipes."""
 
