@@ -155,6 +155,7 @@ class ExpertParallelTraining(Trainer):
             native_layers_balance=any(block.layer.aux_loss == "layer" for block in self.native.values()),
             layers_differ=not self.family.pools_layers,
             sequence_parallel=self.ulysses is not None,
+            trainer_weighs_it=hasattr(self, "aux_loss_enabled"),
         )
         if chosen.source is not Source.MODEL:
             self.aux_loss_enabled = False
