@@ -46,7 +46,7 @@ from moe_models.engine.weight_decay import decay_groups
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
 from moe_models.families.table import FAMILIES, Family
-from moe_models.preflight.run import reentrant_problems
+from moe_models.preflight.flags import reentrant_problems
 from moe_models.routing.callback import Routing
 
 MODEL_FOLDER = "model"

@@ -122,7 +122,7 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
 def check_numbers(args: argparse.Namespace, model_config: dict[str, Any]) -> None:
     """Raise UserError for numbers that cannot be."""
     from moe_models.families.sizes import model_sizes
-    from moe_models.preflight.run import length_problems
+    from moe_models.preflight.flags import length_problems
 
     problems = [
         f"--{name} {value}: must be at least {least}"

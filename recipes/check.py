@@ -85,7 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
     from moe_models.config.work import Work
     from moe_models.families.sizes import model_sizes
     from moe_models.planner.traffic import traffic
-    from moe_models.preflight.run import check_run, length_problems, warnings_for_run
+    from moe_models.preflight.advice import warnings_for_run
+    from moe_models.preflight.flags import length_problems
+    from moe_models.preflight.run import check_run
 
     ds, config = found["ds"], found["config"]
     per_node = min(arguments.gpus_per_node, max(1, arguments.world_size))

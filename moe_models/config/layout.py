@@ -11,7 +11,9 @@ average their gradients; all four average the gradients of everything else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from moe_models.errors import UserError
 
@@ -63,9 +65,44 @@ def size_problems(
     return problems
 
 
+def autoep_section(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """``"expert_parallel"`` of a ds_config where it is switched on, else None."""
+    section = raw.get("expert_parallel") or {}
+    return section if section.get("enabled") else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """How many ranks each kind of parallelism takes, as a ds_config says; 1 is off."""
+
+    ep: int = 1
+    """Ranks that share one copy of the experts, by AutoEP or by native layers."""
+    tp: int = 1
+    """Ranks that split each dense matrix."""
+    sp: int = 1
+    """Ranks that split each sequence."""
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Degrees:
+        """The sizes in a ds_config that has been checked: the JSON as written, or the dict that DeepSpeed gets."""
+        native = (raw.get("moe") or {}).get("layer")
+        autoep = autoep_section(raw)
+        ep = 1
+        if native is not None:
+            ep = native.get("ep_size", 1)
+        elif autoep is not None:
+            ep = autoep.get("autoep_size", 1)
+        tensor = raw.get("tensor_parallel") or {}
+        return cls(
+            ep=int(ep),
+            tp=max(1, int(tensor.get("autotp_size", 1))),  # DeepSpeed's own word for "off" is 0
+            sp=int(raw.get("sequence_parallel_size", 1)),
+        )
+
+
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one rank stands; each index counts from 0 inside its group."""
+    """Where one rank is; each index counts from 0 inside its group."""
 
     rank: int
     pp: int
@@ -112,7 +149,7 @@ class Layout:
         return self.stage_size // self.ep_size
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where ``rank`` stands in each group."""
+        """Where ``rank`` is in each group."""
         if not 0 <= rank < self.world_size:
             raise UserError(f"rank = {rank}: must be 0 to {self.world_size - 1}")
         stage, local = divmod(rank, self.stage_size)

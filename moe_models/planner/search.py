@@ -22,7 +22,8 @@ from moe_models.planner.devices import Device
 from moe_models.planner.memory import memory_moments
 from moe_models.planner.predict import GIB, Prediction, predict
 from moe_models.planner.zero_states import StateBytes
-from moe_models.preflight.run import check_run, length_problems
+from moe_models.preflight.flags import length_problems
+from moe_models.preflight.run import check_run
 
 Offload = Literal["", "optimizer", "optimizer and weights"]
 PRESETS = Path(__file__).parents[2] / "ds_configs"

@@ -8,7 +8,8 @@ import pytest
 
 from moe_models import versions
 from moe_models.preflight import advice
-from moe_models.preflight.run import check_run, warnings_for_run
+from moe_models.preflight.advice import warnings_for_run
+from moe_models.preflight.run import check_run
 from tests.preflight import test_preflight
 from tests.preflight.test_preflight import MIXTRAL, one
 from tests.support.tiny import TINY

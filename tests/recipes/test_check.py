@@ -11,7 +11,8 @@ import pytest
 
 from moe_models.config.ds_config import load_ds_config
 from moe_models.config.work import Work
-from moe_models.preflight.run import check_run, warnings_for_run
+from moe_models.preflight.advice import warnings_for_run
+from moe_models.preflight.run import check_run
 from recipes import check
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
