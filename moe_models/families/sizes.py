@@ -109,9 +109,8 @@ def model_sizes(config: Mapping[str, Any]) -> ModelSizes:
 def sizes_of(family: Family, config: Mapping[str, Any]) -> ModelSizes:
     """:func:`model_sizes` for a row that the caller has. Raises UserError where sizes cannot be read."""
     if not family.counts_flops:
-        raise UserError(
-            f"config.json: model_type = {family.model_type!r}: sizes are known for models whose MoE layers are all alike"
-        )
+        known = "sizes are known for models whose MoE layers are all alike"
+        raise UserError(f"config.json: model_type = {family.model_type!r}: {known}")
     try:
         return _read_sizes(family, config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:

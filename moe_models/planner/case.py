@@ -91,6 +91,11 @@ class Case:
             return 1.0
         return rank_load(self.skew, self.sizes.num_experts, self.layout.ep_size)
 
+    def zero_number(self, key: str, *, default: int, auto: int) -> int:
+        """A number of ``zero_optimization``; ``auto`` is what the HF Trainer writes for "auto"."""
+        value = self.ds.zero(key, default)
+        return auto if value == "auto" else int(value)
+
     @property
     def tiled_loss(self) -> bool:
         """Whether the loss is taken tile by tile, so that the logits of all tokens never exist together."""

@@ -181,7 +181,7 @@ def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
     # 1. What is there all the time: weights, optimizer states, one or two reduce buckets.
     weights = _weights(case)
     optimizer = 0 if "optimizer" in ds.offloaded else states.partition * ADAM
-    bucket = _zero_number(case, "reduce_bucket_size", default=500_000_000, auto=sizes.hidden**2) * BF16
+    bucket = case.zero_number("reduce_bucket_size", default=500_000_000, auto=sizes.hidden**2) * BF16
     buckets = 0
     if stage > 0:
         overlaps = ds.zero("overlap_comm", stage == 3)
@@ -292,8 +292,8 @@ def _gathered(case: Case) -> int:
     layer = experts_of_a_layer + dense // max(1, sizes.layers)
 
     # 2. The layer at work, what is used again soon enough to stay (or the head), and what is fetched ahead.
-    reused = _zero_number(case, "stage3_max_reuse_distance", default=10**9, auto=10**9) // 2
-    ahead = _zero_number(case, "stage3_prefetch_bucket_size", default=50_000_000, auto=sizes.hidden**2)
+    reused = case.zero_number("stage3_max_reuse_distance", default=10**9, auto=10**9) // 2
+    ahead = case.zero_number("stage3_prefetch_bucket_size", default=50_000_000, auto=sizes.hidden**2)
     live = min(dense + experts, layer + max(head, reused) + ahead)
     if case.work.recompute:
         return live
@@ -340,9 +340,3 @@ def _logits(case: Case, hidden_states: int) -> AtLoss:
     # head's gradient in fp32 and bf16, two tiles.
     tile = min(case.tokens, LOSS_TOKENS) * LOSS_WORDS * FP32
     return AtLoss(during=4 * hidden_states + head * (FP32 + BF16) + 2 * tile, after=0)
-
-
-def _zero_number(case: Case, key: str, *, default: int, auto: int) -> int:
-    """A number of ``zero_optimization``; ``auto`` is what the HF Trainer writes for "auto"."""
-    value = case.ds.zero(key, default)
-    return auto if value == "auto" else int(value)

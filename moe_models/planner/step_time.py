@@ -257,9 +257,7 @@ def _calls(flow: Flow, case: Case) -> int:
         return 2 * sizes.layers * work.accumulation
     if case.ds.zero_stage == 3 and flow.collective == "all-gather":
         return GATHER_CALLS * 2 * sizes.layers * work.accumulation
-    bucket = case.ds.zero("reduce_bucket_size", 500_000_000)
-    if bucket == "auto":  # as the HF Trainer fills it
-        bucket = sizes.hidden**2
+    bucket = case.zero_number("reduce_bucket_size", default=500_000_000, auto=sizes.hidden**2)
     return ceil(flow.payload / (bucket * work.element_bytes))
 
 

@@ -204,9 +204,7 @@ def _sharded_weights(case: Case) -> Iterator[Payload]:
     sizes, share, work = case.sizes, case.states.share, case.work
 
     # 1. Tensors of up to `threshold` elements are gathered once in a step and stay.
-    threshold = case.ds.zero("stage3_param_persistence_threshold", 100_000)
-    if threshold == "auto":  # as the HF Trainer fills it
-        threshold = 10 * sizes.hidden
+    threshold = case.zero_number("stage3_param_persistence_threshold", default=100_000, auto=10 * sizes.hidden)
     large = {name: prod(shape) for name, shape in sizes.dense if prod(shape) > threshold}
     small = sizes.dense_params - sum(large.values())
 
