@@ -8,6 +8,7 @@ forked from a server process that has the imports behind it, so that a fresh clu
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -30,6 +31,14 @@ def forking() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.recipe", *HEAVY])
     return context
+
+
+def read_ranks_again() -> None:
+    """After the environment of a rank is set: the server of :func:`forking` imported ``moe_models.ranks`` without it."""
+    from moe_models import errors, ranks
+
+    importlib.reload(ranks)
+    errors.RANK = ranks.RANK  # type: ignore[misc]
 
 
 class ChildError(AssertionError):
@@ -134,6 +143,7 @@ def _worker(pipe: Connection, rank: int, world_size: int, store: str, port: int)
         OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="",
         TQDM_DISABLE="1",
     )  # fmt: skip
+    read_ranks_again()
     import torch
 
     torch.set_num_threads(1)

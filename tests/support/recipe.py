@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.cluster import forking, free_port
+from tests.support.cluster import forking, free_port, read_ranks_again
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes" / "finetune.py"
@@ -215,6 +215,7 @@ def _run_script(
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.environ.update({**ENVIRONMENT, **environment})
+    read_ranks_again()
     os.chdir(start_in)
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
