@@ -6,6 +6,7 @@ data are bf16; on CPU fp32.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,21 @@ import torch
 
 Pairs = list[list[float]]
 """``[size, rate]`` in ascending order of size."""
+
+
+def join_process_group() -> torch.device:
+    """Join the ranks that the launcher started; returns this rank's device."""
+    from moe_models.engine.cpu import join_cpu_ranks, on_cpu
+
+    if on_cpu():
+        join_cpu_ranks()
+        return torch.device("cpu")
+    import deepspeed
+
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl", verbose=False)
+    return device
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = 20, warmup: int = 3) -> float:
