@@ -43,6 +43,7 @@ from moe_models.engine.native import exact_routing, mean_aux_loss, native_blocks
 from moe_models.engine.plain_transformers import remember_shipped
 from moe_models.engine.ulysses import UlyssesTrainer
 from moe_models.engine.weight_decay import decay_groups
+from moe_models.errors import RunError
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
 from moe_models.families.table import FAMILIES, Family
@@ -56,7 +57,7 @@ STAGING_FOLDER = ".writing"
 """Where a checkpoint grows, inside ``output_dir``, until it gets its name."""
 
 
-class TrainingStoppedError(RuntimeError):
+class TrainingStoppedError(RunError):
     """The run ended itself to protect what it had; the message says why and what to do."""
 
 
