@@ -52,6 +52,10 @@ class ModelFlags:
 FROM_CHECKPOINT = ModelFlags()
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """``--help``: the recipe's docstring as it is written, then the flags with their defaults."""
+
+
 def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FROM_CHECKPOINT) -> tuple[Any, ...]:
     """Parse the flags and check everything that JSON, config.json and world size can tell, before any weight is read.
 
@@ -203,7 +207,8 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
     from moe_models.engine.cpu import on_cpu
 
     kinds = (ScriptArguments, kind.arguments, SFTConfig, ModelConfig)
-    parser = TrlParser(kinds, description=about, allow_abbrev=False)
+    usage = f"deepspeed --num_gpus N {kind.recipe} --FLAG VALUE ..."  # instead of TRL's 200 flags on two pages
+    parser = TrlParser(kinds, usage=usage, description=about, formatter_class=_Help, allow_abbrev=False)
     # Training text should not be cut where it is too long, progress should be kept, and experiments should be seen.
     parser.set_defaults_with_config(
         packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None,
