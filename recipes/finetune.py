@@ -53,7 +53,7 @@ from command_line import FROM_CHECKPOINT, ModelFlags, describe, read_command_lin
 from moe_models.errors import RunError, UserError, one_line, run, warn
 from moe_models.files import write
 from moe_models.nodes.watch import end_with, leave
-from moe_models.ranks import RANK, WORLD_SIZE
+from moe_models.ranks import rank, world_size
 
 # Torch renames of this year, reported once per call by every rank. DeepSpeed and accelerate have to follow them.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
@@ -106,7 +106,7 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
     # 2. Train, and make a Hugging Face folder of the result.
     model, tokenizer = make_model(recipe, args, model_args, train_rows)
     trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows)
-    if RANK == 0:  # a summary says that its run ended; this one has not
+    if rank() == 0:  # a summary says that its run ended; this one has not
         (Path(args.output_dir) / SUMMARY).unlink(missing_ok=True)
     try:
         trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
@@ -213,7 +213,7 @@ def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, t
         raise UserError(one_line(error)) from error
     trainer.clock = StepClock()
     trainer.add_callback(trainer.clock)
-    if RANK == 0:  # it reads every prepared row
+    if rank() == 0:  # it reads every prepared row
         warn(warnings_for_rows(train_rows, trainer.train_dataset, args))
     return trainer
 
@@ -230,11 +230,11 @@ def evaluate_and_export(trainer: Any, ds: Any, eval_rows: Any) -> None:
     if eval_rows is not None:
         trainer.evaluate()
     peak_gib = peak_memory_gib()  # of training; the proof below holds a second model on rank 0
-    with Progress(disable=RANK != 0, transient=True) as bar:
+    with Progress(disable=rank() != 0, transient=True) as bar:
         task = bar.add_task("export", total=None)
         trainer.export_progress = lambda done, total: bar.update(task, completed=done, total=total)
         trainer.save_model()
-    if RANK == 0:
+    if rank() == 0:
         summary = summarise(trainer, ds, peak_gib)
         write(Path(trainer.args.output_dir) / SUMMARY, json.dumps(summary, indent=2) + "\n")
         print_summary(summary)
@@ -250,7 +250,7 @@ def summarise(trainer: Any, ds: Any, peak_gib: float) -> dict[str, Any]:
     evaluated_before = trainer.args.eval_on_start and held_out
     return {
         "layout": describe(ds),
-        "world_size": WORLD_SIZE,
+        "world_size": world_size(),
         "device": trainer.args.device.type,
         "dtype": str(trainer.model.dtype).removeprefix("torch."),
         "steps": trainer.state.global_step,

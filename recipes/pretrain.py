@@ -28,7 +28,7 @@ from command_line import ModelFlags, RecipeArguments
 from finetune import train, weights_dtype
 from moe_models.errors import UserError, one_line, run, unknown_key, warn
 from moe_models.nodes.watch import end_with
-from moe_models.ranks import RANK
+from moe_models.ranks import rank
 
 
 def main(words: list[str]) -> int:
@@ -75,7 +75,7 @@ def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple
     # 2. transformers keeps keys that it does not know; the user who mistyped one should hear of it.
     known = {*type(config)().to_dict(), *type(config).attribute_map, "torch_dtype", "rope_theta", "rope_scaling"}
     unknown = sorted(set(given) - known)
-    warn([f"{recipe.config_name}: {unknown_key('', key, given[key], known)}" for key in unknown], rank=RANK)
+    warn([f"{recipe.config_name}: {unknown_key('', key, given[key], known)}" for key in unknown], rank=rank())
 
     # 3. Does the tokenizer fit the model, and the data the tokenizer?
     if len(tokenizer) > config.vocab_size:
@@ -92,7 +92,7 @@ def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=model_args.attn_implementation, dtype=weights_dtype(args)
         )
-    if RANK == 0:
+    if rank() == 0:
         size = model.num_parameters() / 1e6
         print(f"model: {config.model_type}, {size:,.1f} million parameters, drawn with seed {args.seed}")
     return model, tokenizer
