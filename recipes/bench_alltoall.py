@@ -28,7 +28,7 @@ from typing import Any
 
 from moe_models.errors import Problems, run
 from moe_models.files import write
-from moe_models.ranks import RANK, WORLD_SIZE
+from moe_models.ranks import rank, world_size
 
 FRACTIONS_OF_EVEN = (1 / 16, 1 / 4, 1, 4)
 """Rows of an expert for which the grouped product is timed, over those of an expert under even routing."""
@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
 
     device = join_process_group()
     report = measure(args, model_config, cases, device)
-    if RANK == 0:
+    if rank() == 0:
         write_report(Path(args.output_dir), report)
     dist.barrier()
     dist.destroy_process_group()
@@ -60,7 +60,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model_name_or_path", help="Folder or hub id; only its config.json is read.")
     model.add_argument("--config_name", help="A config.json, e.g. one of model_configs/.")
-    parser.add_argument("--ep_size", type=int, default=WORLD_SIZE, help="Ranks that share the experts (all of them).")
+    parser.add_argument("--ep_size", type=int, default=world_size(), help="Ranks that share the experts (all of them).")
     parser.add_argument("--seq_length", type=int, default=4096, help="Tokens in a sequence.")
     parser.add_argument("--micro_batch", type=int, default=1, help="Sequences per GPU.")
     parser.add_argument(
@@ -91,7 +91,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, lis
     config = read_json(name) if Path(name).is_file() else read_model_config(name)
     sizes = model_sizes(config)
     # 2. The flags.
-    problems = Problems(size_problems(WORLD_SIZE, args.ep_size, names={"ep_size": "--ep_size"}))
+    problems = Problems(size_problems(world_size(), args.ep_size, names={"ep_size": "--ep_size"}))
     if not sizes.moe_layers:
         problems.add(f"{name}: has no MoE layer")
     elif args.ep_size > 0 and sizes.num_experts % args.ep_size:
@@ -161,7 +161,7 @@ def measure(args: argparse.Namespace, config: dict[str, Any], cases: dict[str, l
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if args.link_gb_per_s is None:
         args.link_gb_per_s = link_gb_per_s(name)
-    measured = f"{time.strftime('%Y-%m-%d')}, {WORLD_SIZE} x {name}, EP {args.ep_size}, torch {torch.__version__}"
+    measured = f"{time.strftime('%Y-%m-%d')}, {world_size()} x {name}, EP {args.ep_size}, torch {torch.__version__}"
     calibration = {"measured": f"{measured}: recipes/bench_alltoall.py", **rates}
     place = place_of_links(args.ep_size)
     if place is not None and args.ep_size > 1:
@@ -200,9 +200,9 @@ def own_ep_group(ep_size: int) -> Any:
     from moe_models.config.layout import Layout
 
     own: Any = None
-    for ranks in Layout(WORLD_SIZE, ep_size).ep_groups():
+    for ranks in Layout(world_size(), ep_size).ep_groups():
         group = dist.new_group(list(ranks))
-        if RANK in ranks:
+        if rank() in ranks:
             own = group
     return own
 
@@ -212,7 +212,7 @@ def place_of_links(ep_size: int) -> str | None:
 
     A group with several GPUs in each of several nodes measures neither the one nor the other.
     """
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     if on_node % ep_size == 0:
         return "node"
     if on_node == 1:

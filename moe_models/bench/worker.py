@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moe_models.files import write
-from moe_models.ranks import RANK
+from moe_models.ranks import rank
 
 LEFT_OVER_MIB = 256
 """A row that leaves more than this allocated ends the process."""
@@ -40,9 +40,9 @@ def main(words: list[str]) -> NoReturn:
         try:
             row = run_job(job, device)
         except BaseException as error:
-            tell_error(path.parent / f"row-{job['row']}.rank{RANK}.error", error)
+            tell_error(path.parent / f"row-{job['row']}.rank{rank()}.error", error)
             os._exit(1)  # the launcher ends the others; torch would wait for them
-        if RANK == 0:
+        if rank() == 0:
             row["wall_seconds"] = round(time.perf_counter() - began, 1)
             write(path.parent / f"row-{job['row']}.json", json.dumps(row))
             print(f"row {job['row']}: {job['name']} in {row['wall_seconds']} s", flush=True)

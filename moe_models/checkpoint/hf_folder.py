@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from moe_models.errors import RunError
 from moe_models.files import _sync, replace_folder, restore_previous
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
@@ -38,7 +39,7 @@ _COMPANIONS = re.compile(
 """With the weights, all that an export writes; a folder that holds anything else is not replaced."""
 
 
-class ExportError(RuntimeError):
+class ExportError(RunError):
     """The folder cannot be completed; the message names every tensor that is at fault. Nothing was left behind."""
 
 

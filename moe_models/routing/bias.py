@@ -9,6 +9,9 @@ import torch
 
 from moe_models.routing.tap import Router
 
+HF_BIAS = "e_score_correction_bias"
+"""Buffer of the Hugging Face routers that have a place for the bias (DeepSeek-V3)."""
+
 
 class SelectionBias:
     """Auxiliary-loss-free balancing (arXiv 2408.15664): a bias on the scores that choose experts, not on their weights.
@@ -19,20 +22,32 @@ class SelectionBias:
     """
 
     def __init__(self, routers: list[Router], num_experts: int, rate: float, device: Any) -> None:
-        self._routers, self._rate = routers, rate
+        """Start from the bias that the routers have, or from zero.
+
+        Args:
+            routers: those of the MoE layers, in order.
+            num_experts: E, the same in all layers.
+            rate: how far the bias moves in a step (``bias_update_rate`` of the JSON).
+            device: where the routers compute.
+
+        Raises:
+            ValueError: a router has no place for a bias.
+        """
+        self._routers = routers
+        self._rate = rate
         self.bias_LE = torch.zeros(len(routers), num_experts, device=device)
-        for row_E, router in zip(self.bias_LE, routers, strict=True):
-            own = getattr(router.module, "e_score_correction_bias", None)
-            if own is not None:
-                row_E.copy_(own)
-        self.exportable = all(getattr(router.module, "e_score_correction_bias", None) is not None for router in routers)
+        own_biases = [getattr(router.module, HF_BIAS, None) for router in routers]
+        for row_E, own_E in zip(self.bias_LE, own_biases, strict=True):
+            if own_E is not None:
+                row_E.copy_(own_E)
+        self.exportable = all(own_E is not None for own_E in own_biases)
         self.connect()
 
     def connect(self) -> None:
-        """Let every router choose with its row."""
+        """Let every router choose with its row of ``bias_LE``: it holds a view, so an update reaches it."""
         for row_E, router in zip(self.bias_LE, self._routers, strict=True):
             if self.exportable:
-                router.module._buffers["e_score_correction_bias"] = row_E
+                router.module._buffers[HF_BIAS] = row_E
             elif router.is_autoep:
                 router.layer.expert_bias = row_E
             else:
@@ -46,12 +61,14 @@ class SelectionBias:
 
     @torch.no_grad()
     def update(self, counts_LE: torch.Tensor) -> None:
-        """Move by the sign of the load error; ``counts_LE`` are those of all ranks."""
+        """One step of the paper's algorithm 1; ``counts_LE`` are the choices of all ranks in one optimizer step."""
+        # 1. Positive for an expert that got less than the mean of its layer.
         error_LE = counts_LE.mean(-1, keepdim=True) - counts_LE
+        # 2. Only the sign counts: how far off an expert is does not change the step.
         self.bias_LE += self._rate * error_LE.sign().to(self.bias_LE.dtype)
 
     def state(self) -> dict[str, list[float]]:
-        """The bias of each block, [E], for a checkpoint; fp32 survives the way through Python floats exactly."""
+        """The bias of each block, [E], for a checkpoint; Python floats hold fp32 exactly."""
         return {router.block: row_E.tolist() for router, row_E in zip(self._routers, self.bias_LE, strict=True)}
 
     def load(self, state: Mapping[str, list[float]]) -> None:

@@ -32,8 +32,6 @@ def forking() -> Any:
     return context
 
 
-
-
 class ChildError(AssertionError):
     """A rank failed; the message holds its traceback."""
 
