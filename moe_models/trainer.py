@@ -300,7 +300,7 @@ class MoETrainer(UlyssesTrainer):
             folder,
             max_shard_bytes=self.max_shard_bytes,
             progress=self.export_progress,
-            prove=prove,
+            before_rename=prove,
             **self._companions(),
         )
 

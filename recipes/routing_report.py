@@ -115,7 +115,7 @@ def write_report(
         problems += error.problems
     if problems or family is None:
         raise UserError(problems)
-    recording, piece = route(checkpoint, family, config, documents, max_tokens)
+    recording, piece = route(checkpoint, config, documents, max_tokens)
     from moe_models.report.data import build
     from moe_models.report.page import assemble
     from moe_models.report.plots import plot_history, plot_load
@@ -177,7 +177,7 @@ def read_family(checkpoint: Path) -> tuple[Family, dict[str, Any]]:
 
 
 def route(
-    checkpoint: Path, family: Family, config: Mapping[str, Any], documents: list[str], max_tokens: int
+    checkpoint: Path, config: Mapping[str, Any], documents: list[str], max_tokens: int
 ) -> tuple[Any, Any]:
     """The recording, and a function token id -> text. Raises UserError if tokenizer or model cannot be used."""
     import torch
@@ -222,7 +222,7 @@ def route(
     with Progress(transient=True) as bar:
         task = bar.add_task("routing", total=len(rows))
         recording = record(
-            model.eval(), family, config, rows, lambda done, total: bar.update(task, completed=done, total=total)
+            model.eval(), rows, lambda done, total: bar.update(task, completed=done, total=total)
         )
     return recording, lambda token: piece(tokenizer, token)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_models.families.table import Family
-from moe_models.routing.tap import find_routers
+from moe_models.engine.blocks import find_blocks
 
 ROW = 480
 """Tokens of one forward pass at most; a document longer than that is cut."""
@@ -44,14 +43,12 @@ def cut(documents: list[list[int]], row: int, max_tokens: int) -> list[list[int]
 @torch.no_grad()
 def record(
     model: nn.Module,
-    family: Family,
-    config: Mapping[str, Any],
     rows: list[list[int]],
     progress: Callable[[int, int], None] | None = None,
 ) -> Recording:
     """Route ``rows`` through a Hugging Face model in evaluation mode; ``progress`` gets (rows done, rows)."""
-    routers = find_routers(model, family, config)
-    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in routers]
+    blocks = find_blocks(model)
+    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in blocks]
 
     def listen(layer: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
@@ -61,7 +58,7 @@ def record(
 
         return hook
 
-    handles = [router.module.register_forward_hook(listen(layer)) for layer, router in enumerate(routers)]
+    handles = [block.router.register_forward_hook(listen(layer)) for layer, block in enumerate(blocks)]
     base: Any = model.base_model  # without the head: its logits are not needed
     device = base.get_input_embeddings().weight.device
     try:
@@ -73,7 +70,7 @@ def record(
         for handle in handles:
             handle.remove()
     return Recording(
-        blocks=[router.block for router in routers],
+        blocks=[block.path for block in blocks],
         rows=rows,
         choices_LNK=torch.stack([torch.cat([choices for choices, _ in layer]) for layer in seen]),
         weights_LNK=torch.stack([torch.cat([weights for _, weights in layer]) for layer in seen]),

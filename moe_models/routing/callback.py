@@ -15,11 +15,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from moe_models.config.moe_section import Balance
+from moe_models.engine.blocks import find_blocks, score_function
 from moe_models.families.table import Family
 from moe_models.routing.bias import SelectionBias
 from moe_models.routing.load import LoadStats, overall
 from moe_models.routing.losses import AuxLoss
-from moe_models.routing.tap import Observer, RouterTap, find_routers
+from moe_models.routing.tap import Observer, RouterTap
 
 LOAD_FILE = "expert_load.jsonl"
 """In the output folder: one line for each logged step or evaluation, with tokens per expert of every layer."""
@@ -57,20 +58,20 @@ class Routing(TrainerCallback):
 
         if self._tap is not None:
             self._tap.close()
-        routers = find_routers(model, self._family, self._config)
+        blocks = find_blocks(model)
         # Tensor-parallel peers route the same tokens; every other rank its own.
         self._group = groups._get_sequence_data_parallel_group() if dist.is_initialized() else None
         self._peers = peers
-        experts, score_func = self._family.expert_counts(self._config), routers[0].score_func
-        self.stats = LoadStats([router.block for router in routers], experts, ep_size, score_func, device)
+        experts, score_func = self._family.expert_counts(self._config), score_function(blocks[0])
+        self.stats = LoadStats([block.path for block in blocks], experts, ep_size, score_func, device)
         observers: list[Observer] = [self.stats]
         if self._balance is not None and any(self._coefficients.values()):
             scope, per_layer = self._balance.scope, self._balance.per_layer
             self.aux = AuxLoss(experts, score_func, scope, per_layer, self._group, peers)
             observers.append(self.aux)
         if self._balance is not None and self._balance.bias_update_rate:
-            self.bias = SelectionBias(routers, experts[0], self._balance.bias_update_rate, device)
-        self._tap = RouterTap(model, routers, *observers)
+            self.bias = SelectionBias(blocks, experts[0], self._balance.bias_update_rate, device)
+        self._tap = RouterTap(model, blocks, *observers)
 
     def loss(self, inputs: Mapping[str, Any], micro_batches: int) -> torch.Tensor | float:
         """The weighted balance terms of the training forward pass that just ended, over ``micro_batches`` of a step."""
