@@ -176,9 +176,7 @@ def read_family(checkpoint: Path) -> tuple[Family, dict[str, Any]]:
         raise UserError(f"--checkpoint {checkpoint}: its config.json cannot be used: {one_line(error)}") from error
 
 
-def route(
-    checkpoint: Path, config: Mapping[str, Any], documents: list[str], max_tokens: int
-) -> tuple[Any, Any]:
+def route(checkpoint: Path, config: Mapping[str, Any], documents: list[str], max_tokens: int) -> tuple[Any, Any]:
     """The recording, and a function token id -> text. Raises UserError if tokenizer or model cannot be used."""
     import torch
     from rich.progress import Progress
@@ -221,9 +219,7 @@ def route(
         )
     with Progress(transient=True) as bar:
         task = bar.add_task("routing", total=len(rows))
-        recording = record(
-            model.eval(), rows, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+        recording = record(model.eval(), rows, lambda done, total: bar.update(task, completed=done, total=total))
     return recording, lambda token: piece(tokenizer, token)
 
 
