@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moe_models.engine.blocks import find_blocks
 from moe_models.errors import run
-from moe_models.families.table import FAMILIES
 from moe_models.routing.load import LoadStats
-from moe_models.routing.tap import RouterTap, find_routers
+from moe_models.routing.tap import RouterTap
 
 STEPS = 5
 SIZES = ((256, 512, 8, 512), (512, 1024, 8, 1024), (512, 256, 64, 512))
@@ -45,9 +45,9 @@ def measure(width: int, expert_width: int, experts: int, tokens: int) -> None:
         num_attention_heads=8, num_key_value_heads=4, num_local_experts=experts, num_experts_per_tok=2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    routers = find_routers(model, FAMILIES["mixtral"], config.to_dict())
-    timed = Timed(LoadStats([router.block for router in routers], [experts] * len(routers), 1, "softmax", "cpu"))
-    RouterTap(model, routers, timed)
+    found = find_blocks(model)
+    timed = Timed(LoadStats([block.path for block in found], [experts] * len(found), 1, "softmax", "cpu"))
+    RouterTap(model, found, timed)
     ids = torch.randint(0, 1000, (1, tokens))
     for step in range(STEPS + 1):
         if step == 1:  # the first warms up

@@ -246,9 +246,7 @@ def route(
     loaded = load_model(checkpoint)
     with Progress(transient=True) as bar:
         task = bar.add_task("routing", total=len(rows))
-        recording = record(
-            loaded, model.family, model.config, rows, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+        recording = record(loaded, rows, lambda done, total: bar.update(task, completed=done, total=total))
     return recording, lambda token: piece(tokenizer, token)
 
 

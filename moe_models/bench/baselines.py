@@ -144,16 +144,17 @@ class _Tap:
 
     def attach(self) -> None:
         """Put the hooks in."""
+        from moe_models.engine.blocks import find_blocks, score_function
         from moe_models.families.table import FAMILIES
-        from moe_models.routing.tap import RouterTap, find_routers
+        from moe_models.routing.tap import RouterTap
 
         config = self._job["model_config"]
         family = FAMILIES[config["model_type"]]
-        routers = find_routers(self._model, family, config)
-        blocks = [router.block for router in routers]
+        found = find_blocks(self._model)
+        paths = [block.path for block in found]
         experts = family.expert_counts(config)
-        self._stats = LoadStats(blocks, experts, self._job["ep_size"], routers[0].score_func, self._device)
-        RouterTap(self._model, routers, self._stats)
+        self._stats = LoadStats(paths, experts, self._job["ep_size"], score_function(found[0]), self._device)
+        RouterTap(self._model, found, self._stats)
 
     def new_step(self) -> None:
         """Forget what was counted: only the coming optimizer step counts."""

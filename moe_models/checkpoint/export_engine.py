@@ -50,5 +50,5 @@ def export_engine(
         if routing.left_out:
             routing.save(staged)
 
-    export(source, family, config, folder, prove=prove, **options)
+    export(source, family, config, folder, before_rename=prove, **options)
     return proofs[0] if proofs else None

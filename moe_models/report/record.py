@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_models.families.table import Family
-from moe_models.routing.tap import find_routers
+from moe_models.engine.blocks import find_blocks
 
 ROW = 480
 """Most tokens of one forward pass; a longer document is cut into several."""
@@ -45,16 +44,14 @@ def cut(documents: list[list[int]], row: int, max_tokens: int) -> list[list[int]
 @torch.no_grad()
 def record(
     model: nn.Module,
-    family: Family,
-    config: Mapping[str, Any],
     rows: list[list[int]],
     progress: Callable[[int, int], None] | None = None,
 ) -> Recording:
     """Route ``rows`` through a Hugging Face model in evaluation mode; ``progress`` gets (rows done, rows)."""
     # 1. Listen at every router: the weights and expert ids of each forward pass, the heaviest expert first.
-    routers = find_routers(model, family, config)
-    weights_of_layer: list[list[torch.Tensor]] = [[] for _ in routers]
-    choices_of_layer: list[list[torch.Tensor]] = [[] for _ in routers]
+    blocks = find_blocks(model)
+    weights_of_layer: list[list[torch.Tensor]] = [[] for _ in blocks]
+    choices_of_layer: list[list[torch.Tensor]] = [[] for _ in blocks]
 
     def listen(layer: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
@@ -66,7 +63,7 @@ def record(
 
         return hook
 
-    handles = [router.module.register_forward_hook(listen(layer)) for layer, router in enumerate(routers)]
+    handles = [block.router.register_forward_hook(listen(layer)) for layer, block in enumerate(blocks)]
     # 2. One forward pass for each row, without the head: its logits are not needed.
     base: Any = model.base_model
     device = base.get_input_embeddings().weight.device
@@ -80,7 +77,7 @@ def record(
             handle.remove()
     # 3. The rows of each layer one after the other.
     return Recording(
-        blocks=[router.block for router in routers],
+        blocks=[block.path for block in blocks],
         rows=rows,
         choices_LNK=torch.stack([torch.cat(choices) for choices in choices_of_layer]),
         weights_LNK=torch.stack([torch.cat(weights) for weights in weights_of_layer]),

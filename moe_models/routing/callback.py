@@ -15,11 +15,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from moe_models.config.moe_section import Balance
+from moe_models.engine.blocks import find_blocks, score_function
 from moe_models.families.table import Family
 from moe_models.routing.bias import SelectionBias
 from moe_models.routing.load import LoadStats, overall
 from moe_models.routing.losses import AuxLoss
-from moe_models.routing.tap import Observer, RouterTap, find_routers
+from moe_models.routing.tap import Observer, RouterTap
 
 LOAD_FILE = "expert_load.jsonl"
 """In the output folder: one line for each logged step or evaluation, with tokens per expert of every layer."""
@@ -69,15 +70,15 @@ class Routing(TrainerCallback):
             self._tap.close()
         # 1. Where to listen, and over which ranks to sum: tensor-parallel peers route the same tokens, every other
         #    rank its own.
-        routers = find_routers(model, self._family, self._config)
+        blocks = find_blocks(model)
         self._group = groups._get_sequence_data_parallel_group() if dist.is_initialized() else None
         self._peers = peers
         experts = self._family.expert_counts(self._config)
-        score_func = routers[0].score_func
+        score_func = score_function(blocks[0])
 
         # 2. The counters, always.
-        blocks = [router.block for router in routers]
-        self.stats = LoadStats(blocks, experts, ep_size, score_func, device)
+        paths = [block.path for block in blocks]
+        self.stats = LoadStats(paths, experts, ep_size, score_func, device)
         observers: list[Observer] = [self.stats]
 
         # 3. What the JSON asks for.
@@ -86,8 +87,8 @@ class Routing(TrainerCallback):
             self.aux = AuxLoss(experts, score_func, balance.scope, balance.per_layer, self._group, peers)
             observers.append(self.aux)
         if balance is not None and balance.bias_update_rate:
-            self.bias = SelectionBias(routers, experts[0], balance.bias_update_rate, device)
-        self._tap = RouterTap(model, routers, *observers)
+            self.bias = SelectionBias(blocks, experts[0], balance.bias_update_rate, device)
+        self._tap = RouterTap(model, blocks, *observers)
 
     def loss(self, inputs: Mapping[str, Any], micro_batches: int) -> torch.Tensor | float:
         """The weighted balance terms of the training forward pass that just ended.

@@ -32,7 +32,7 @@ def recorded(checkpoint: Path) -> tuple[record.Recording, int]:
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     config = json.loads((checkpoint / "config.json").read_text())
     family = FAMILIES[config["model_type"]]
-    return record.record(model, family, config, ROWS), family.num_experts(config)
+    return record.record(model, ROWS), family.num_experts(config)
 
 
 @pytest.mark.parametrize("model_type", sorted(TINY))
