@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from moe_models.ranks import RANK
+from moe_models import ranks
 
 EXIT_WRONG_INPUT = 2
 """Exit code of every recipe for input that cannot work (the same code argparse uses)."""
@@ -138,7 +138,7 @@ def exit_with(error: UserError, *, rank: int = 0, code: int = EXIT_WRONG_INPUT) 
 
 def end_here(error: UserError, code: int) -> NoReturn:
     """:func:`exit_with` for this process."""
-    exit_with(error, rank=RANK, code=code)
+    exit_with(error, rank=ranks.rank(), code=code)
 
 
 Ending = Callable[[UserError, int], NoReturn]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 
-RANK = int(os.environ.get("RANK", "0"))
-"""This process among all of the run; 0 without a launcher."""
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-"""Processes of the run; 1 without a launcher."""
+
+def rank() -> int:
+    """This process among all of the run; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes of the run; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def ranks_per_node() -> int:
@@ -18,4 +23,4 @@ def ranks_per_node() -> int:
 
 def several_nodes() -> bool:
     """Whether this run has ranks on other machines."""
-    return ranks_per_node() < int(os.environ.get("WORLD_SIZE", "1"))
+    return ranks_per_node() < world_size()

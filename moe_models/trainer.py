@@ -1,71 +1,85 @@
 """``MoETrainer``: TRL's ``SFTTrainer`` with checkpoints that are whole, and a model folder that holds every expert.
 
 Everything a Trainer does well (data, packing, loss scaling, logging, schedules, resume) stays with TRL, transformers
-and accelerate. What is added here, and why:
+and accelerate. :class:`ExpertParallelTraining` adds what they lack for experts that are spread over ranks. Each part is
+an object with one task; the methods below are the places where a Trainer calls it:
 
-- ``save_model`` exports a complete Hugging Face folder. HF's own version keeps one rank's experts under AutoEP.
-- Checkpoints during training hold DeepSpeed's states and no HF weights, and appear under their final name only when
-  every rank has finished writing.
-- A loss, gradient or weight that is not finite ends the run before it can reach a checkpoint.
-- Weight decay spares norms and biases, as it does in a Trainer without DeepSpeed.
-- After ``deepspeed.initialize`` the AutoEP blocks are counted.
-- A checkpoint of another layout can be resumed (``moe_models/checkpoint/resume.py``).
-- Native layers (``moe_models/engine/native.py``): their own balancing loss joins the loss, and their drop rate is
-  logged.
-- The load of the experts is logged with the loss, and balanced as ``"moe": {"balance": ...}`` says.
+- :class:`~moe_models.routing.callback.Routing` logs the load of the experts and keeps it even, as
+  ``"moe": {"balance": ...}`` says; :func:`~moe_models.routing.choice.choose_balancing` chooses which loss acts;
+- :class:`~moe_models.engine.ulysses.Ulysses` gives each rank its part of a sequence;
+- :class:`~moe_models.engine.finite.FiniteWatch` ends a run whose loss, gradient or weights are not finite, before that
+  reaches a checkpoint;
+- :class:`~moe_models.checkpoint.whole_checkpoints.WholeCheckpoints` gives a checkpoint its name when every rank has
+  finished writing;
+- :func:`~moe_models.checkpoint.resume.any_layout` resumes a checkpoint of another layout;
+- :func:`~moe_models.checkpoint.export_engine.export_engine` exports the whole model with its proof, where HF's
+  ``save_model`` keeps one rank's experts under AutoEP.
+
+Another Trainer takes the same parts: ``class MoEDPOTrainer(ExpertParallelTraining, DPOTrainer)``.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import os
-import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import DummyOptim
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import SFTTrainer
 
-from moe_models.checkpoint.export import export
-from moe_models.checkpoint.from_engine import EngineSource
+from moe_models.checkpoint.export_engine import export_engine
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
-from moe_models.checkpoint.proof import ExportProof, prove_folder, record_logits
-from moe_models.checkpoint.resume import LAYOUT_FILE, any_layout, describe_engine
+from moe_models.checkpoint.proof import ExportProof
+from moe_models.checkpoint.resume import any_layout
 from moe_models.checkpoint.source import is_writer
+from moe_models.checkpoint.whole_checkpoints import WholeCheckpoints, last_checkpoint
+from moe_models.config.layout import Degrees, autoep_section
 from moe_models.config.moe_section import Balance
 from moe_models.engine.autoep import check_replaced, register_presets, restore_rotary_buffers
+from moe_models.engine.blocks import find_blocks
+from moe_models.engine.finite import FiniteWatch, TrainingStoppedError
 from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
-from moe_models.engine.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
+from moe_models.engine.native import mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.engine.plain_transformers import remember_shipped
-from moe_models.engine.ulysses import UlyssesTrainer
+from moe_models.engine.seams import check_seams
+from moe_models.engine.ulysses import Ulysses
 from moe_models.engine.weight_decay import decay_groups
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
 from moe_models.families.table import FAMILIES, Family
 from moe_models.preflight.flags import reentrant_problems
 from moe_models.routing.callback import Routing
+from moe_models.routing.choice import Balancing, Source, choose_balancing
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # the methods below are found before those of the Trainer that stands beside this class
+
+__all__ = ["MODEL_FOLDER", "ExpertParallelTraining", "MoETrainer", "TrainingStoppedError"]
 
 MODEL_FOLDER = "model"
 """Where ``save_model()`` without a folder puts the Hugging Face checkpoint, inside ``output_dir``."""
 
-STAGING_FOLDER = ".writing"
-"""Where a checkpoint grows, inside ``output_dir``, until it gets its name."""
 
+class ExpertParallelTraining(Trainer):
+    """What a Hugging Face Trainer needs to train MoE models under DeepSpeed; name it before the Trainer.
 
-class TrainingStoppedError(RuntimeError):
-    """The run ended itself to protect what it had; the message says why and what to do."""
-
-
-class MoETrainer(UlyssesTrainer):
-    """SFTTrainer for HF MoE models under DeepSpeed; takes the same arguments.
+    Args:
+        model: a Hugging Face model whose ``model_type`` is in :data:`~moe_models.families.table.FAMILIES`.
+        args: those of the Trainer.
+        max_shard_bytes: largest file of the exported model.
+        balance: ``"moe": {"balance": ...}`` of the JSON; None leaves the auxiliary loss to TRL and the model.
+        kwargs: those of the Trainer.
 
     Raises:
-        ValueError: if the model's ``model_type`` is not in :data:`~moe_models.families.table.FAMILIES`, or if flags of
-            activation checkpointing, packing or attention cannot be honoured.
+        RunError: if an installed library lacks a name that the run depends on (``moe_models/engine/seams.py``).
+        ValueError: if the model's family is unknown, or if flags of activation checkpointing, packing or attention
+            cannot be honoured.
         RuntimeError: when training starts, if AutoEP did not replace exactly the model's MoE blocks.
         TrainingStoppedError: during training, when loss, gradient norm or weights are not finite.
         ExportError: from :meth:`save_model`, if the folder would not hold the whole model.
@@ -79,64 +93,112 @@ class MoETrainer(UlyssesTrainer):
         balance: Balance | None = None,
         **kwargs: Any,
     ) -> None:
+        check_seams()
         if model.config.model_type not in FAMILIES:
             raise ValueError(f"model_type {model.config.model_type!r} is not one of {sorted(FAMILIES)}")
+
+        # 1. What the export will need. TRL switches router logits on in the config; the exported config.json is the
+        #    one that came in.
         self.family: Family = FAMILIES[model.config.model_type]
-        # TRL switches router logits on in the config; the exported config.json is the one that came in.
         self.source_config = copy.deepcopy(model.config)
         self.max_shard_bytes = max_shard_bytes
         self.last_proof: ExportProof | None = None
+        self.export_progress: Callable[[int, int], None] | None = None
+        """Called with (tensors done, tensors in all) on the writing rank; a recipe may set it."""
+
+        # 2. What must happen before the engine is built.
         restore_rotary_buffers(model)
         remember_shipped(model)
         register_presets()
+        self.ulysses: Ulysses | None = None
+        self.checkpoints = WholeCheckpoints()
         super().__init__(model, *args, **kwargs)
-        if problems := reentrant_problems(self.args, self.aux_loss_enabled):
-            raise ValueError(problems[0])
+
+        # 3. Parts that need the Trainer's arguments.
+        self.finite = FiniteWatch(self.args.device)
+        self.args.logging_nan_inf_filter = False  # HF would log a running average instead of a NaN
+        self.ulysses = self._start_ulysses(model)
         self.native = native_blocks(model)
-        layers = [block.layer for block in self.native.values()]
-        self._drops_tokens = any(layer.drop_tokens for layer in layers)
-        self._layer_aux_loss = any(layer.aux_loss == "layer" for layer in layers)
-        if self._layer_aux_loss:  # in the place of the model's own
-            self.aux_loss_enabled = model.config.output_router_logits = False
-        elif balance is None and self.family.model_type == "prmoe":  # TRL's pools layers, which here differ in size
-            balance = Balance(per_layer=True)  # type: ignore[call-arg]
-        elif balance is None and self.ulysses is not None:  # TRL's would balance the tokens of each rank alone
-            balance, self.aux_loss_in_evaluation = Balance(), self.aux_loss_enabled  # type: ignore[call-arg]
-        coefficient = self.router_aux_loss_coef
-        if balance is not None:  # ours instead of TRL's
-            coefficient = coefficient if balance.aux_loss_coef is None else balance.aux_loss_coef
-            self.aux_loss_enabled = model.config.output_router_logits = False
-        if self.family.model_type != "prmoe":
-            self._sizes = model_sizes(self.source_config.to_dict())
-        self.routing = Routing(self.family, self.source_config.to_dict(), balance, coefficient)
+        self._drops_tokens = any(block.layer.drop_tokens for block in self.native.values())
+
+        # 4. Which loss keeps the experts even.
+        self.balancing = self._choose_balancing(model, balance)
+        config = self.source_config.to_dict()
+        self.routing = Routing(self.family, config, self.balancing.balance, self.balancing.coefficient)
         self.add_callback(self.routing)
-        # HF would replace a NaN loss by the running average in its logs; here it must be seen.
-        self.args.logging_nan_inf_filter = False
-        self._all_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        self._sizes = model_sizes(config) if self.family.counts_flops else None
+
+    @property
+    def _deepspeed_json(self) -> dict[str, Any]:
+        """What DeepSpeed gets; empty without it."""
+        if not self.args.deepspeed:
+            return {}
+        json: dict[str, Any] = self.args.hf_deepspeed_config.config
+        return json
+
+    def _asked_degrees(self) -> Degrees:
+        """The degrees of parallelism that the JSON asks for; without DeepSpeed all are 1."""
+        return Degrees.from_json(self._deepspeed_json)
+
+    def _start_ulysses(self, model: Any) -> Ulysses | None:
+        size = self._asked_degrees().sp
+        if size == 1:
+            return None
+        if getattr(self, "padding_free", False):
+            raise ValueError("padding-free batches and packing by documents: not with sequence_parallel_size")
+        return Ulysses(model, size, self.args.per_device_train_batch_size, self.accelerator)
+
+    def _choose_balancing(self, model: Any, balance: Balance | None) -> Balancing:
+        # TRL decides whether it adds the model's loss; a plain Trainer leaves that to the config.
+        in_config = bool(getattr(model.config, "output_router_logits", False))
+        model_has_loss = getattr(self, "aux_loss_enabled", in_config)
+        coefficient = getattr(model.config, "router_aux_loss_coef", None) or 0.0
+        if problems := reentrant_problems(self.args, model_has_loss):
+            raise ValueError(problems[0])
+        chosen = choose_balancing(
+            balance=balance,
+            coefficient=getattr(self, "router_aux_loss_coef", coefficient),
+            model_has_loss=model_has_loss,
+            native_layers_balance=any(block.layer.aux_loss == "layer" for block in self.native.values()),
+            layers_differ=not self.family.pools_layers,
+            sequence_parallel=self.ulysses is not None,
+            trainer_weighs_it=hasattr(self, "aux_loss_enabled"),
+        )
+        if chosen.source is not Source.MODEL:
+            self.aux_loss_enabled = False
+            model.config.output_router_logits = False
+        return chosen
 
     # --- before the first step
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if is_writer():  # left by a run that was killed while it saved
-            shutil.rmtree(Path(self.args.output_dir) / STAGING_FOLDER, ignore_errors=True)
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        self.checkpoints.clear(self.args.output_dir)
         with any_layout(self.family):
-            prepared = super()._prepare_for_training(*args, **kwargs)
-        section = (self.accelerator.state.deepspeed_plugin.deepspeed_config or {}).get("expert_parallel") or {}
-        if self.get_tp_size() > 1 and self.ulysses is None:
-            count_every_expert_in_the_norm(self.model_wrapped.optimizer)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._prepare_norm()
+        self._attach_routing()
+        if resume_from_checkpoint is not None:
+            self.routing.load(Path(resume_from_checkpoint))
+        return prepared
+
+    def _prepare_norm(self) -> None:
+        """The gradient norm by which DeepSpeed clips: right under tensor parallelism, and fast elsewhere."""
+        optimizer = self.model_wrapped.optimizer
+        tensor_parallel = self.get_tp_size() > 1 and self.ulysses is None
+        if tensor_parallel:
+            count_every_expert_in_the_norm(optimizer)
             self._tp_size = self.get_tp_size()  # TRL counts the tokens that peers share once for each
         else:
-            norm_in_one_pass(self.model_wrapped.optimizer)
-        if section.get("enabled"):
-            check_replaced(self.model, self.family, self.source_config.to_dict(), section.get("autoep_size", 1))
-        ep_size = section.get("autoep_size", 1) if section.get("enabled") else 1
-        for block in self.native.values():
-            ep_size = block.layer.ep_size
-        self.routing.attach(self.model, ep_size, self.args.device, self.ulysses.group if self.ulysses else None)
-        resumed = kwargs.get("resume_from_checkpoint", args[2] if len(args) > 2 else None)
-        if resumed is not None:
-            self.routing.load(Path(resumed))
-        return prepared
+            norm_in_one_pass(optimizer)
+
+    def _attach_routing(self) -> None:
+        """Check that AutoEP built what the JSON asks for, and watch the routers as they will be trained."""
+        if autoep_section(self._deepspeed_json) is not None:
+            config = self.source_config.to_dict()
+            check_replaced(self.model, self.family, config, self._asked_degrees().ep)
+        ep_size = max(block.ep_size for block in find_blocks(self.model))
+        peers = self.ulysses.group if self.ulysses else None
+        self.routing.attach(self.model, ep_size, self.args.device, peers)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As in HF; the optimizer of the ds_config JSON gets HF's two groups, where HF would decay every weight."""
@@ -145,10 +207,18 @@ class MoETrainer(UlyssesTrainer):
             optimizer.params = decay_groups(self.model, set(self.get_decay_parameter_names(self.model)))
         return optimizer
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add how evenly tokens were spread: see :data:`moe_models.routing.load.LOGGED`."""
-        logs.update(self.routing.figures(logs, self.state.global_step, self.args.output_dir))
-        super().log(logs, *args, **kwargs)
+    # --- batches
+
+    def get_tp_size(self) -> int:
+        """Ranks that read the same rows, which is what transformers and TRL ask for: sequence-parallel peers too."""
+        sequence_parallel = self.ulysses.size if self.ulysses else 1
+        return int(super().get_tp_size()) * sequence_parallel
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)
+        if self.ulysses and self.model.training:
+            return self.ulysses.shard(prepared)
+        return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # HF would train one more step of a run that was finished
@@ -161,65 +231,103 @@ class MoETrainer(UlyssesTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss; in training with the terms of ``"moe": {"balance": ...}`` or the native layers' own."""
+        """The Trainer's loss; in training with the balance terms that :attr:`balancing` says."""
         if not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Each term is a mean over one micro-batch: averaged over accumulation here (Trainer leaves that to us where it
-        # counts tokens itself), and over ranks by the gradients.
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        if not self._layer_aux_loss:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return loss + self.routing.loss(inputs, steps)
-        with record_aux_losses(self.native) as recorded:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        aux_loss = mean_aux_loss(recorded, self.native)
-        self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
-        return loss + self.router_aux_loss_coef * aux_loss / steps
+            with self._model_loss(self.balancing.model_loss_in_evaluation):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        recording: Any = nullcontext([])
+        if self.balancing.source is Source.NATIVE:
+            recording = record_aux_losses(self.native)
+        with recording as recorded:
+            computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        # Each term is a mean over one micro-batch. It is averaged over accumulation here, because Trainer leaves that
+        # to the loss where it counts tokens itself, and over ranks by the gradients.
+        micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        term = self._balance_term(inputs, recorded, micro_batches)
+        if return_outputs:
+            loss, outputs = computed
+            return loss + term, outputs
+        return computed + term
+
+    def _balance_term(self, inputs: Any, recorded: list[torch.Tensor], micro_batches: int) -> torch.Tensor | float:
+        """What joins the loss of one micro-batch, weighted."""
+        match self.balancing.source:
+            case Source.MODEL:
+                return 0.0
+            case Source.ROUTING:
+                return self.routing.loss(inputs, micro_batches)
+            case Source.NATIVE:
+                aux_loss = mean_aux_loss(recorded, self.native)
+                self._log_mean("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
+                return self.balancing.coefficient * aux_loss / micro_batches
+
+    @contextmanager
+    def _model_loss(self, added: bool) -> Iterator[None]:
+        """Inside, TRL adds the model's own auxiliary loss or does not."""
+        before = getattr(self, "aux_loss_enabled", None)
+        if before is None:  # a Trainer that never adds it itself
+            yield
+            return
+        self.aux_loss_enabled = added
+        try:
+            yield
+        finally:
+            self.aux_loss_enabled = before
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch; returns a loss whose mean over all ranks is the loss, for the log."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.finite.see(loss)
+        if self.ulysses:
+            return loss * self.ulysses.size
+        return loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         """FLOP of a micro-batch by the experts that a token meets; HF counts them all, anew in each micro-batch."""
-        if self.family.model_type == "prmoe":
+        if self._sizes is None:
             return int(super().floating_point_ops(inputs))
-        length, tokens = inputs["input_ids"].shape[-1], inputs["input_ids"].numel()
-        return int(tokens * sum(train_flops(self._sizes, length)))
+        ids_BT = inputs["input_ids"]
+        per_token = sum(train_flops(self._sizes, ids_BT.shape[-1]))
+        return int(ids_BT.numel() * per_token)
 
-    # --- finite or stop
+    # --- the log
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch; remembers on the device, without waiting for it, whether the loss was finite."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        self._all_finite &= torch.isfinite(loss)
-        return loss
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add how evenly tokens were spread: see :data:`moe_models.routing.load.LOGGED`."""
+        logs.update(self.routing.figures(logs, self.state.global_step, self.args.output_dir))
+        super().log(logs, *args, **kwargs)
+
+    def _log_mean(self, name: str, value: float) -> None:
+        """Let TRL log the mean of these values at the next logging step; a plain Trainer has no place for them."""
+        metrics = getattr(self, "_metrics", None)
+        if metrics is not None:
+            metrics["train"][name].append(value)
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate:
             self._stop_if_not_finite(grad_norm)
-        if self._drops_tokens and self.control.should_log:
-            self._metrics["train"].update({name: [rate] for name, rate in take_drop_rates(self.native).items()})
+        if self._drops_tokens and control.should_log:
+            for name, rate in take_drop_rates(self.native).items():
+                self._log_mean(name, rate)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _stop_if_not_finite(self, grad_norm: Any) -> None:
-        finite = self._all_finite.float()
-        scaled = getattr(self.model_wrapped.optimizer, "dynamic_loss_scale", False)  # fp16 leaves out what overflows
-        if grad_norm is not None and not (scaled and self.accelerator.optimizer_step_was_skipped):
-            finite *= torch.isfinite(torch.as_tensor(grad_norm, device=finite.device)).float().squeeze()
-        if self.control.should_save:  # a finite gradient can still take a weight beyond what its dtype holds
-            for parameter in self.model.parameters():
-                held = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3: this rank's partition
-                finite *= torch.isfinite(held.detach()).all().to(finite.device)
-        if dist.is_initialized():
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if finite.item() == 1.0:
+        # fp16's dynamic loss scale leaves out a step whose gradient overflowed.
+        scaled = getattr(self.model_wrapped.optimizer, "dynamic_loss_scale", False)
+        if scaled and self.accelerator.optimizer_step_was_skipped:
+            grad_norm = None
+        weights_of = self.model if self.control.should_save else None
+        if self.finite.is_finite(grad_norm, weights_of):
             return
-        checkpoints = [p for p in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir()]
-        last = max(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        last = last_checkpoint(self.args.output_dir)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
         raise TrainingStoppedError(
             f"the loss, the gradient norm or a weight became NaN or infinite by step {self.state.global_step}; nothing "
             f"was saved from it, {kept}. Lower --learning_rate or --max_grad_norm, or look for broken rows in the data"
         )
-
-    # --- evaluation leaves no trace
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in HF, but the random numbers of dropout go on afterwards as if there had been no evaluation."""
@@ -228,43 +336,16 @@ class MoETrainer(UlyssesTrainer):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
-    # --- checkpoints: whole or absent
+    # --- checkpoints and export
 
     def _get_output_dir(self, trial: Any) -> str:
-        run_dir: str = super()._get_output_dir(trial)
-        return os.path.join(run_dir, STAGING_FOLDER) if self._staging else run_dir
-
-    _staging = False
+        return self.checkpoints.place(super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
-        staging = run_dir / STAGING_FOLDER
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging = True
-        try:
+        with self.checkpoints.growing():
             super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        if self.state.best_global_step:
-            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best.exists() or best.name == name:
-                self.state.best_model_checkpoint = str(best)
-        self.accelerator.wait_for_everyone()
-        if is_writer():
-            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-            self.routing.save(staging / name)
-            (staging / name / LAYOUT_FILE).write_text(json.dumps(describe_engine(self.model_wrapped), indent=1) + "\n")
-            if (run_dir / name).exists():  # a resumed run passes this step again
-                os.replace(run_dir / name, staging / "replaced")
-            os.replace(staging / name, run_dir / name)
-            shutil.rmtree(staging)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.accelerator.wait_for_everyone()
+        self.checkpoints.finish(self, run_dir, add_files=self.routing.save)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Export the whole model as a Hugging Face folder (default ``output_dir/model``); every rank must call it.
@@ -274,41 +355,32 @@ class MoETrainer(UlyssesTrainer):
         config and tokenizer but no weights: DeepSpeed's states beside them hold those, and ``recipes/export.py`` turns
         them into the same folder at any time.
         """
-        engine = self.model_wrapped
+        companions = {"tokenizer": self.processing_class, "generation_config": self.model.generation_config}
         if _internal_call:
             folder = Path(output_dir or self.args.output_dir)
             if is_writer():
                 folder.mkdir(parents=True, exist_ok=True)
-                save_companions(folder, self.source_config, self.model.dtype, **self._companions())
+                save_companions(folder, self.source_config, self.model.dtype, **companions)
             self.accelerator.wait_for_everyone()
             return
-        folder = Path(output_dir or os.path.join(self.args.output_dir, MODEL_FOLDER))
-        with exact_routing(engine.module), self.routing.as_exported():
-            ids_BT, logits_BTV = record_logits(engine, self.source_config.vocab_size)
-        source = EngineSource(engine, self.family)
         self.last_proof = None
-
-        def prove(staged: Path) -> None:
-            self.last_proof = prove_folder(staged, ids_BT, logits_BTV, source.fingerprints)
-            if self.routing.left_out:
-                self.routing.save(staged)
-
-        export(
-            source,
+        self.last_proof = export_engine(
+            self.model_wrapped,
             self.family,
             self.source_config,
-            folder,
+            Path(output_dir or os.path.join(self.args.output_dir, MODEL_FOLDER)),
+            self.routing,
             max_shard_bytes=self.max_shard_bytes,
             progress=self.export_progress,
-            prove=prove,
-            **self._companions(),
+            **companions,
         )
-
-    export_progress: Any = None
-    """Called with (tensors done, tensors in all) on the writing rank; a recipe may set it."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's names the folder it came from, which is no hub id, as ``None``, for every checkpoint."""
 
-    def _companions(self) -> dict[str, Any]:
-        return {"tokenizer": self.processing_class, "generation_config": self.model.generation_config}
+
+class MoETrainer(ExpertParallelTraining, SFTTrainer):
+    """SFTTrainer for HF MoE models under DeepSpeed; takes the same arguments.
+
+    See :class:`ExpertParallelTraining` for what it adds and raises.
+    """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_models.errors import Problems, UserError, one_line, tell
-from moe_models.ranks import RANK, WORLD_SIZE, ranks_per_node, several_nodes
+from moe_models.ranks import rank, ranks_per_node, several_nodes, world_size
 
 
 @dataclass
@@ -51,6 +51,10 @@ class ModelFlags:
 FROM_CHECKPOINT = ModelFlags()
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """``--help``: the recipe's docstring as it is written, then the flags with their defaults."""
+
+
 def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FROM_CHECKPOINT) -> tuple[Any, ...]:
     """Parse the flags and check everything that JSON, config.json and world size can tell, before any weight is read.
 
@@ -85,7 +89,7 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
         args.eval_on_start = False
 
     # 4. Say what will run.
-    if RANK == 0:
+    if rank() == 0:
         notes += start_notes(ds, model_config, args, on_gpu=not on_cpu())
         print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
     return script, recipe, args, model_args, ds
@@ -103,7 +107,7 @@ def start_notes(ds: Any, model_config: Mapping[str, Any], args: Any, *, on_gpu: 
             length=args.max_length or model_config.get("max_position_embeddings") or 1,
             accumulation=args.gradient_accumulation_steps,
         )
-    warned = warnings_for_run(ds, model_config, WORLD_SIZE, ranks_per_node(), on_gpu=on_gpu, work=work)
+    warned = warnings_for_run(ds, model_config, world_size(), ranks_per_node(), on_gpu=on_gpu, work=work)
     notes = [f"warning: {line}" for line in warned]
     if ds.moe.layer is not None:
         notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
@@ -118,7 +122,7 @@ def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, An
     """
     # 1. Paths. On several nodes nothing is reported yet: they first look whose problems these are.
     paths, model_config, json_is_sound = check_paths(words, flags)
-    told = not several_nodes() and tell(paths.lines, rank=RANK)
+    told = not several_nodes() and tell(paths.lines, rank=rank())
 
     from moe_models.config.ds_config import load_ds_config
     from moe_models.engine.cpu import on_cpu
@@ -134,7 +138,7 @@ def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, An
         with problems.note():
             ds = load_ds_config(given.deepspeed)
     if ds is not None and model_config is not None:
-        problems.add(*check_run(ds, model_config, WORLD_SIZE))
+        problems.add(*check_run(ds, model_config, world_size()))
     problems.add(*flag_problems(given, model_config or {}, ds, on_gpu=not on_cpu()))
 
     # 3. What was told already still ends the run.
@@ -225,7 +229,8 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
     # 1. TRL's flags and ours, with other defaults: training text should not be cut where it is too long, progress
     # should be kept, and experiments should be seen.
     kinds = (ScriptArguments, kind.arguments, SFTConfig, ModelConfig)
-    parser = TrlParser(kinds, description=about, allow_abbrev=False)
+    usage = f"deepspeed --num_gpus N {kind.recipe} --FLAG VALUE ..."  # instead of TRL's 200 flags on two pages
+    parser = TrlParser(kinds, usage=usage, description=about, formatter_class=_Help, allow_abbrev=False)
     parser.set_defaults_with_config(
         packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None,
         **({} if on_cpu() else GPU_LOADER), **kind.defaults,
@@ -282,4 +287,4 @@ def resume_value(value: str | None) -> bool | str | None:
 
 def describe(ds: Any) -> str:
     """The layout in one line."""
-    return f"{ds.layout(WORLD_SIZE).describe(ds.zero_stage)}  ({ds.path})"
+    return f"{ds.layout(world_size()).describe(ds.zero_stage)}  ({ds.path})"

@@ -14,25 +14,25 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moe_models.errors import UserError, exit_with
+from moe_models.errors import Problems, UserError, one_line, run, warn
+
+if TYPE_CHECKING:
+    from moe_models.families.table import Family
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading files needs no GPU
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     """Check, read, write, summarise."""
-    arguments = parse()
-    try:
-        run(arguments.checkpoint, arguments.output_dir, arguments.max_shard_size)
-    except UserError as error:
-        exit_with(error)
+    arguments = parse(words)
+    export_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.max_shard_size)
     return 0
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint-N folder that training wrote")
@@ -40,53 +40,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--max_shard_size", default="5GB", help="largest safetensors file, as 5GB or 500MB (default 5GB)"
     )
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
+def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
     """Export ``checkpoint`` to ``output_dir``. Raises UserError for input that cannot work."""
-    from moe_models.checkpoint.hf_folder import ExportError, refuse_foreign_folder
-    from moe_models.families.config_json import read_model_config
-    from moe_models.families.table import FAMILIES, Family
-    from moe_models.files import parse_size
-
-    problems: list[str] = []
-    max_shard_bytes = 0
-    try:
-        max_shard_bytes = parse_size(max_shard_size)
-    except ValueError as error:
-        problems.append(f"--max_shard_size {error}")
-    try:
-        refuse_foreign_folder(output_dir)
-    except (ExportError, OSError) as error:
-        problems.append(f"--output_dir {error}")
-    family: Family | None = None
-    if not checkpoint.is_dir():
-        problems.append(f"--checkpoint {checkpoint}: no such folder; give a checkpoint-N folder that training wrote")
-    else:
-        try:
-            model_type = read_model_config(checkpoint).get("model_type")
-            family = FAMILIES.get(str(model_type))
-            if family is None:
-                problems.append(f"{checkpoint}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
-        except UserError as error:
-            problems += error.problems
-    if problems or family is None:
-        raise UserError(problems)
+    # 1. Everything that needs no heavy import: all problems at once.
+    family, max_shard_bytes = check(checkpoint, output_dir, max_shard_size)
 
     from rich.progress import Progress
     from transformers import AutoConfig
 
     from moe_models.checkpoint.export import export
     from moe_models.checkpoint.from_folder import FolderSource
+    from moe_models.checkpoint.hf_folder import ExportError
     from moe_models.routing.callback import BIAS_FILE
 
+    # 2. The checkpoint's files and the model's config.
     source = FolderSource(checkpoint, family)
     try:
         config = AutoConfig.from_pretrained(checkpoint)
-    except Exception as error:  # whatever transformers says about values it cannot use
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{checkpoint}: its config.json cannot be used: {reason}") from error
+    except Exception as error:  # transformers raises many kinds for values that it cannot use
+        raise UserError(f"{checkpoint}: its config.json cannot be used: {one_line(error)}") from error
+    # 3. Write. A selection bias that the architecture has no place for goes into a file of its own.
     bias_left_out = (checkpoint / BIAS_FILE).exists() and not family.selection_bias
 
     def add_bias(staged: Path) -> None:
@@ -103,19 +79,53 @@ def run(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
                 output_dir,
                 companions=checkpoint,
                 max_shard_bytes=max_shard_bytes,
-                prove=add_bias,
+                before_rename=add_bias,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except ExportError as error:
         raise UserError(f"{checkpoint}: cannot be exported: {error}") from error
+    # 4. Summarise.
     size = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
     print(f"{output_dir}: {size / 1e9:.2f} GB, {source.dtype}, complete; load it with from_pretrained")
     if bias_left_out:
-        print(
-            f"warning: {family.model_type} has no place for the selection bias that this model was trained with: it "
-            f"routes without it; the bias of each layer is in {BIAS_FILE} beside it"
+        warn(
+            [
+                f"{family.model_type} has no place for the selection bias that this model was trained with: it routes "
+                f"without it; the bias of each layer is in {BIAS_FILE} beside it"
+            ]
         )
 
 
+def check(checkpoint: Path, output_dir: Path, max_shard_size: str) -> tuple[Family, int]:
+    """(the model's family, largest shard in bytes). Raises UserError with every problem of the three flags."""
+    from moe_models.checkpoint.hf_folder import ExportError, refuse_foreign_folder
+    from moe_models.families.config_json import read_model_config
+    from moe_models.families.table import FAMILIES
+    from moe_models.files import parse_size
+
+    problems = Problems()
+    max_shard_bytes = 0
+    try:
+        max_shard_bytes = parse_size(max_shard_size)
+    except ValueError as error:
+        problems.add(f"--max_shard_size {error}")
+    try:
+        refuse_foreign_folder(output_dir)
+    except (ExportError, OSError) as error:
+        problems.add(f"--output_dir {error}")
+    family = None
+    if not checkpoint.is_dir():
+        problems.add(f"--checkpoint {checkpoint}: no such folder; give a checkpoint-N folder that training wrote")
+    else:
+        with problems.note():
+            model_type = read_model_config(checkpoint).get("model_type")
+            family = FAMILIES.get(str(model_type))
+            if family is None:
+                problems.add(f"{checkpoint}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
+    problems.refuse()
+    assert family is not None  # else there was a problem
+    return family, max_shard_bytes
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -16,19 +16,25 @@ def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
     Built on the meta device: no memory, no weights. Tied tensors appear once, as ``save_pretrained`` writes them.
     """
     model = _meta_model(config)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+    tied = _tied(model)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def tied_names(config: Any) -> set[str]:
-    """Module-layout names of the tensors that are another one's memory, and so not part of a checkpoint."""
-    return set(getattr(_meta_model(config), "all_tied_weights_keys", None) or {})
+    """Module-layout names of the tensors that share the memory of another one, and so are not part of a checkpoint."""
+    return _tied(_meta_model(config))
 
 
 def kept_in_fp32(config: Any) -> re.Pattern[str] | None:
     """Matches the names of tensors that transformers holds in fp32 in a model of any dtype (DeepSeek-V3's bias)."""
-    patterns = getattr(_meta_model(config), "_keep_in_fp32_modules_strict", None) or ()
-    return re.compile("|".join(sorted(p.replace("*", ".*") for p in patterns))) if patterns else None
+    patterns = getattr(_meta_model(config), "_keep_in_fp32_modules_strict", None)
+    if not patterns:
+        return None
+    return re.compile("|".join(sorted(pattern.replace("*", ".*") for pattern in patterns)))
+
+
+def _tied(model: Any) -> set[str]:
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _meta_model(config: Any) -> Any:

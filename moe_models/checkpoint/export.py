@@ -1,24 +1,25 @@
 """The way back: from a DeepSpeed engine, or from a DeepSpeed checkpoint folder, to a Hugging Face folder.
 
 DeepSpeed spreads the experts over ranks (AutoEP) and every tensor over partitions (ZeRO). Two sources, a live engine
-(``from_engine.py``) and a saved checkpoint (``from_folder.py``), answer the same two questions, tensor by
-tensor and in the model's own order:
+(``from_engine.py``) and a saved checkpoint (``from_folder.py``), answer the same two questions, tensor by tensor and in
+the model's own order:
 
 - ``dense(name)``: a replicated tensor by its module name;
 - ``experts(block, projection)``: all experts of one block and projection, [E, F, D] (gate, up) or [E, D, F] (down).
 
 :func:`export` asks them for every tensor that the model must have, gives each its hub name and hands it to an
 :class:`~moe_models.checkpoint.hf_folder.HFFolderWriter`, which refuses to finish unless nothing is missing. A source
-that still has tensors that nobody asked for is refused as well.
+that still has tensors that were not asked for is refused as well.
 
-Memory: the writing rank holds one tensor of one layer in host memory (for experts: one projection of all E, or HF's own
-fused pair), and one shard; on its device no more than another rank's share. The others hold one tensor at a time.
+Memory: the writing rank holds one tensor of one layer in host memory (for experts: one projection of all E), and one
+shard; on its device no more than another rank's share. The others hold one tensor at a time.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,52 +41,65 @@ from moe_models.errors import UserError
 from moe_models.families.table import Family
 
 T = TypeVar("T")
+Shape = tuple[int, ...]
 
 HEARTBEAT_SECONDS = 20.0
 """How often waiting ranks hear from the writer; collectives that wait for half an hour are taken for dead."""
 
 
-def hub_plan(family: Family, config: Any) -> list[tuple[str, str, dict[str, tuple[int, ...]]]]:
-    """What to write, in model order: (kind, module name or ``block/projection``, hub name -> shape).
+@dataclass(frozen=True)
+class Entry:
+    """One question to the source, and where its answer goes."""
 
-    ``kind`` is ``dense`` or ``experts``; an ``experts`` entry covers one projection of all experts of a block.
-    """
-    plan: list[tuple[str, str, dict[str, tuple[int, ...]]]] = []
-    projections: tuple[str, ...]
-    expert_shape: tuple[int, ...]
+    name: str
+    """Module name of a dense tensor, or module path of an MoE block."""
+    projection: str | None
+    """None for a dense tensor; else one projection of all experts of the block."""
+    hub: dict[str, Shape]
+    """Hub name -> shape; with experts, those of expert 0, 1, ..."""
+
+
+def hub_plan(family: Family, config: Any) -> list[Entry]:
+    """What to write, in model order."""
+    plan = []
     for name, shape in expected_tensors(config).items():
-        if name.endswith(".experts.gate_up_proj"):
+        block, _, weight = name.rpartition(".experts.")
+        if weight == "gate_up_proj":
             E, twice_F, D = shape
-            block = name.removesuffix(".experts.gate_up_proj")
-            projections, expert_shape = ("gate", "up"), (twice_F // 2, D)
-        elif name.endswith(".experts.down_proj"):
-            E, *rest = shape
-            block = name.removesuffix(".experts.down_proj")
-            projections, expert_shape = ("down",), tuple(rest)
+            plan.append(_expert_entry(family, block, "gate", E, (twice_F // 2, D)))
+            plan.append(_expert_entry(family, block, "up", E, (twice_F // 2, D)))
+        elif weight == "down_proj":
+            E, D, F = shape
+            plan.append(_expert_entry(family, block, "down", E, (D, F)))
         else:
-            plan.append(("dense", name, {family.module_to_hub(name): shape}))
-            continue
-        for projection in projections:
-            hub = {family.hub_expert(block, e, projection): expert_shape for e in range(E)}
-            plan.append(("experts", f"{block}/{projection}", hub))
+            plan.append(Entry(name, None, {family.module_to_hub(name): shape}))
     return plan
 
 
-def hub_tensors(source: TensorSource, kind: str, name: str, hub: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The tensors of one entry of :func:`hub_plan` under their hub names; empty where this rank only helps."""
+def _expert_entry(family: Family, block: str, projection: str, E: int, shape: Shape) -> Entry:
+    hub = {family.hub_expert(block, expert, projection): shape for expert in range(E)}
+    return Entry(block, projection, hub)
+
+
+def hub_tensors(source: TensorSource, entry: Entry) -> dict[str, torch.Tensor]:
+    """The tensors of one entry under their hub names; empty where this rank only helps."""
+    label = entry.name if entry.projection is None else f"{entry.name}/{entry.projection}"
     try:
-        if kind == "dense":
-            tensor = source.dense(name)
-            return {} if tensor is None else dict.fromkeys(hub, tensor)
-        block, projection = name.split("/")
-        stacked = source.experts(block, projection)
+        if entry.projection is None:
+            tensor = source.dense(entry.name)
+        else:
+            tensor = source.experts(entry.name, entry.projection)
     except KeyError:
-        raise ExportError(f"{name}: config.json asks for this tensor, but the trained model does not have it") from None
-    if stacked is None:
+        raise ExportError(
+            f"{label}: config.json asks for this tensor, but the trained model does not have it"
+        ) from None
+    if tensor is None:
         return {}
-    if stacked.shape[0] != len(hub):
-        raise ExportError(f"{block}: {stacked.shape[0]} experts arrived, the model has {len(hub)}")
-    return dict(zip(hub, stacked.unbind(0), strict=True))
+    if entry.projection is None:
+        return dict.fromkeys(entry.hub, tensor)
+    if tensor.shape[0] != len(entry.hub):
+        raise ExportError(f"{entry.name}: {tensor.shape[0]} experts arrived, the model has {len(entry.hub)}")
+    return dict(zip(entry.hub, tensor.unbind(0), strict=True))
 
 
 def export(
@@ -99,7 +113,7 @@ def export(
     companions: Path | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
-    prove: Callable[[Path], None] | None = None,
+    before_rename: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write ``source`` as a Hugging Face folder in the hub's layout; all or nothing.
 
@@ -113,50 +127,51 @@ def export(
         companions: a folder whose config, tokenizer and generation config are copied as they are, instead.
         max_shard_bytes: largest safetensors file.
         progress: called with (tensors done, tensors in all) on the writing rank.
-        prove: called with the staged folder on the writing rank before the rename; what it raises stops the export.
+        before_rename: called with the staged folder on the writing rank when all is in it; it may add files. What it
+            raises stops the export.
 
     Raises:
         ExportError: on every rank, with the reason; the folder that was there before is untouched.
     """
     plan = hub_plan(family, config)
-    fp32 = kept_in_fp32(config)
-    expected = {
-        name: (shape, torch.float32 if fp32 and fp32.search(name) else source.dtype)
-        for _, _, hub in plan
-        for name, shape in hub.items()
-    }
+    expected = _expected_on_disk(plan, config, source.dtype)
+    # 1. Open the staging folder. Only one rank writes.
     writer = _together(lambda: HFFolderWriter(folder, expected, max_shard_bytes) if is_writer() else None)
     done = 0
 
-    def move(kind: str, name: str, hub: dict[str, tuple[int, ...]]) -> None:
+    def move(entry: Entry) -> None:
         nonlocal done
-        tensors = hub_tensors(source, kind, name, hub)
-        if writer is not None:
-            for hub_name, tensor in tensors.items():
-                writer.add(hub_name, tensor)
-            done += len(tensors)
-            if progress is not None:
-                progress(done, len(expected))
+        tensors = hub_tensors(source, entry)
+        if writer is None:
+            return
+        for hub_name, tensor in tensors.items():
+            writer.add(hub_name, tensor)
+        done += len(tensors)
+        if progress is not None:
+            progress(done, len(expected))
 
     def finish() -> None:
         left = [name for name in source.unasked() if name not in tied_names(config)]
         if left:
             raise ExportError(f"{len(left)} trained tensors have no place in this model's checkpoint: {left[:4]}")
-        if writer is not None:
-            writer.close_weights()
-            if companions is not None:
-                copy_companions(companions, writer.staging)
-            else:
-                save_companions(
-                    writer.staging, config, source.dtype, tokenizer=tokenizer, generation_config=generation_config
-                )
-            if prove is not None:
-                prove(writer.staging)
-            writer.finish()
+        if writer is None:
+            return
+        writer.close_weights()
+        if companions is not None:
+            copy_companions(companions, writer.staging)
+        else:
+            save_companions(
+                writer.staging, config, source.dtype, tokenizer=tokenizer, generation_config=generation_config
+            )
+        if before_rename is not None:
+            before_rename(writer.staging)
+        writer.finish()
 
     try:
-        for entry in plan:  # ranks agree after every entry: the writer may fail where the others cannot see it
-            _together(partial(move, *entry))
+        # 2. One tensor after the other. Ranks agree after each: the writer may fail where the others cannot see it.
+        for entry in plan:
+            _together(partial(move, entry))
+        # 3. What is beside the weights, and the rename.
         _together(finish, slow=True)
     except BaseException:
         if writer is not None:
@@ -165,10 +180,21 @@ def export(
     return Path(folder)
 
 
+def _expected_on_disk(plan: list[Entry], config: Any, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Hub name -> (shape, dtype) of everything that the finished folder must hold."""
+    fp32 = kept_in_fp32(config)
+    expected = {}
+    for entry in plan:
+        for name, shape in entry.hub.items():
+            keeps_fp32 = fp32 is not None and fp32.search(name)
+            expected[name] = (shape, torch.float32 if keeps_fp32 else dtype)
+    return expected
+
+
 def _together(action: Callable[[], T], *, slow: bool = False) -> T:
     """Run ``action`` on every rank; if it failed on any of them, raise ExportError on all, so that none goes on alone.
 
-    ``slow``: rank 0 may take longer than the timeout of a collective (it reloads the whole model), so it works in a
+    ``slow``: rank 0 may take longer than the timeout of a collective (it reloads the whole model). Then it works in a
     thread and tells the others now and then that it is alive.
     """
     outcome: list[T] = []
@@ -181,33 +207,42 @@ def _together(action: Callable[[], T], *, slow: bool = False) -> T:
         except Exception as error:
             problem.append(error)
 
+    # 1. Act.
     distributed = dist.is_initialized() and dist.get_world_size() > 1
     if slow and distributed:
         _with_heartbeat(attempt)
     else:
         attempt()
+    # 2. Every rank learns what went wrong on any of them; the first message counts.
     text = None
     if problem:
-        error = problem[0]
-        text = f"{type(error).__name__}: {error}"
-        if isinstance(error, ExportError | UserError):
-            text = str(error)
+        text = _as_text(problem[0])
     if distributed:
         told: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(told, text)
         text = next((line for line in told if line is not None), None)
+    # 3. Go on together, or stop together.
     if text is not None:
-        raise ExportError(text) from (problem[0] if problem else None)
+        cause = problem[0] if problem else None
+        raise ExportError(text) from cause
     return outcome[0]
+
+
+def _as_text(error: Exception) -> str:
+    """The message of an error of ours; of any other with its type."""
+    if isinstance(error, ExportError | UserError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _with_heartbeat(attempt: Callable[[], None]) -> None:
     """Run ``attempt`` on every rank; the others leave this function when rank 0 does."""
-    if not is_writer():
-        attempt()
-    worker = threading.Thread(target=attempt) if is_writer() else None
-    if worker is not None:
+    if is_writer():
+        worker = threading.Thread(target=attempt)
         worker.start()
+    else:
+        worker = None
+        attempt()
     alive = [True]
     while alive[0]:
         if worker is not None:

@@ -1,14 +1,14 @@
 """Reading a DeepSpeed checkpoint folder, without DeepSpeed's engine, a GPU or a process group.
 
-Layouts, as DeepSpeed 0.19.8 writes them under ``global_step<N>/``:
+Under ``global_step<N>/`` DeepSpeed 0.19.8 writes:
 
-- ZeRO 0-2: ``mp_rank_00_model_states.pt`` holds every tensor but AutoEP's experts; each of those is a file
-  ``layer_<moe layer>_expert_<e>_mp_rank_00_model_states.pt`` with w1, w2, w3. With tensor parallelism there is one
-  ``mp_rank_<t>`` for each peer, with its shards, and an expert lies under the number of a peer that holds it.
-- Native layers (ZeRO 1-2): the same, with the tensors of one expert module in each file; the layers count MoE blocks.
-- ZeRO-3: ``zero_pp_rank_<r>_mp_rank_00_model_states.pt`` holds names and shapes, and the weights lie as fp32 partitions
-  in ``*zero_pp_rank_<r>_mp_rank_00_optim_states.pt``: per group one flat tensor, the partitions of its parameters one
-  after the other. Dense groups are partitioned over all ranks, expert groups over the ranks that hold the same experts.
+- ZeRO 0 to 2: ``mp_rank_00_model_states.pt`` has every tensor but AutoEP's experts. Each of those has its own file,
+  ``layer_<moe layer>_expert_<e>_mp_rank_00_model_states.pt``, with w1, w2 and w3. With tensor parallelism each peer t
+  has its shards in ``mp_rank_<t>``, and an expert's file has the number of a peer that held it.
+- Native layers (ZeRO 1 and 2): the same, with the tensors of one expert module in each file. The numbers of layers
+  count MoE blocks.
+- ZeRO-3: ``zero_pp_rank_<r>_mp_rank_00_model_states.pt`` has names and shapes. The weights are fp32 partitions in
+  ``*zero_pp_rank_<r>_mp_rank_00_optim_states.pt`` (:mod:`moe_models.checkpoint.partitions`).
 
 Files are read with ``torch.load(weights_only=True, mmap=True)``: nothing in them is executed, and only the tensors
 asked for come into memory (as pages of the file, which the kernel may drop again).
@@ -16,34 +16,36 @@ asked for come into memory (as pages of the file, which the kernel may drop agai
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_models.checkpoint.partitions import _index_pieces
-from moe_models.checkpoint.source import split_fused
+from moe_models.checkpoint.partitions import Partitions, zero3_partition
 from moe_models.checkpoint.tp_shards import join_saved
-from moe_models.errors import UserError
+from moe_models.engine.blocks import autoep_parameter, native_parameter, plain_parameter, take_projection
+from moe_models.errors import UserError, some_of
 from moe_models.families.table import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, NATIVE_ROUTER, Family
 
 
 def load_states(path: Path) -> dict[str, Any]:
     """One DeepSpeed ``.pt`` file, memory-mapped. Raises UserError where it cannot be read without executing code."""
-    # Plain data classes that DeepSpeed puts beside the tensors; nothing else is allowed to be built.
+    # The plain data classes that DeepSpeed puts beside the tensors. Nothing else may be built.
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     def stage_named(enum: Any, name: str) -> Any:
-        """What Python 3.11.0 to 3.11.3 write for a member of an enum is a call of getattr."""
+        """A member of an enum: Python 3.11.0 to 3.11.3 pickle one as a call of getattr."""
         if enum is not ZeroStageEnum:
             raise ValueError(f"getattr of {enum}")
         return ZeroStageEnum[name]
 
-    allowed: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    allowed += [(stage_named, "builtins.getattr")]
+    by_name = (stage_named, "builtins.getattr")
+    allowed: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, by_name]
     try:
         with torch.serialization.safe_globals(allowed):
             states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -76,8 +78,77 @@ def find_step_folder(checkpoint: Path) -> Path:
     return step
 
 
+@dataclass(frozen=True, kw_only=True)
+class SavedBlock:
+    """An MoE block of a checkpoint that keeps its experts apart from the other tensors: AutoEP's or a native one."""
+
+    path: str
+    """Module path."""
+    kind: str
+    """``autoep`` or ``native``."""
+    number: int
+    """Its number in the names of the expert files."""
+    num_experts: int
+    E_local: int
+    """Experts of each rank; for native blocks that were not trained it is not known, and E."""
+
+    @property
+    def ep_size(self) -> int:
+        """Ranks that held one copy of the experts together."""
+        return self.num_experts // self.E_local
+
+    def parameter(self, projection: str, local: int) -> str:
+        """The parameter that held one projection of a rank's ``local``-th expert (AutoEP: of all its experts)."""
+        if self.kind == "native":
+            return native_parameter(self.path, local, projection)
+        return autoep_parameter(self.path, projection)
+
+    def name_in_file(self, projection: str, expert: int) -> str:
+        """The key of this expert's matrix in its own file."""
+        if self.kind == "native":
+            return native_parameter(self.path, expert, projection)
+        return f"{autoep_parameter(self.path, projection)}.{expert}"
+
+
+def saved_blocks(model: Mapping[str, Any]) -> dict[str, SavedBlock]:
+    """The blocks of a checkpoint by module path, from one rank's model states; plain blocks are not among them."""
+    blocks = {}
+    # 1. AutoEP describes its own.
+    for entry in model.get("ds_autoep_layers") or []:
+        path = entry["module_path"]
+        E = int(entry["num_experts"])
+        blocks[path] = SavedBlock(
+            path=path,
+            kind="autoep",
+            number=int(entry["moe_layer_id"]),
+            num_experts=E,
+            E_local=E // int(entry["ep_size"]),
+        )
+    # 2. Native ones are known by the name of their router, whose rows are the experts. They are numbered in order.
+    routers = {name: tensor for name, tensor in model["module"].items() if name.endswith(f".{NATIVE_ROUTER}")}
+    E_local = _native_experts_of_a_rank(model)
+    for number, (name, router_ED) in enumerate(routers.items()):
+        path = name.removesuffix(f".{NATIVE_ROUTER}")
+        E = router_ED.shape[0]
+        blocks[path] = SavedBlock(path=path, kind="native", number=number, num_experts=E, E_local=E_local.get(path, E))
+    return blocks
+
+
+def _native_experts_of_a_rank(model: Mapping[str, Any]) -> dict[str, int]:
+    """Native block -> experts that each rank trained, counted by the names of their parameters."""
+    pattern = re.compile(rf"(.*)\.{re.escape(NATIVE_EXPERTS)}\.(\d+)\.gate_proj\.weight")
+    counts: dict[str, int] = {}
+    for shapes in model.get("param_shapes") or []:
+        for name in shapes:
+            if match := pattern.fullmatch(name):
+                counts[match[1]] = counts.get(match[1], 0) + 1
+    return counts
+
+
 class FolderSource:
     """Tensors of a saved DeepSpeed checkpoint; see :class:`moe_models.checkpoint.source.TensorSource`.
+
+    :attr:`blocks` has the blocks whose experts are kept apart from the other tensors, by module path.
 
     Raises:
         UserError: from ``__init__``, if files are missing (all are named) or the layout is not one listed above.
@@ -85,52 +156,26 @@ class FolderSource:
 
     def __init__(self, checkpoint: Path, family: Family) -> None:
         self._step = find_step_folder(checkpoint)
-        self._family = family
         if any(self._step.glob("zero_pp_rank_*_mp_rank_01_model_states.pt")):
             raise UserError(f"{self._step}: ZeRO-3 with tensor parallelism; this export joins ZeRO 1 and 2 only")
-        self._peers = 1
+        # 1. The model states: of each tensor-parallel peer, or of each rank of ZeRO-3 with its partition.
+        self._partitions: Partitions | None = None
         if (self._step / "mp_rank_00_model_states.pt").exists():
-            self._ranks = [_load_with(self._step / "mp_rank_00_model_states.pt", "module")]
-            self._peers = int(self._ranks[0].get("mp_world_size") or 1)
-            files = [self._step / f"mp_rank_{peer:02d}_model_states.pt" for peer in range(self._peers)]
-            _require_files(files)
-            self._ranks += [_load_with(path, "module") for path in files[1:]]
-            self._optimizers: list[dict[str, Any]] = []
+            self._models = _open_whole(self._step)
         else:
-            self._open_zero3()
-        first = self._ranks[0]
-        self._names = {family.autoep_to_module(n): n for n in first["module"] if not _is_router_alias(n)}
-        self._layers = {entry["module_path"]: entry for entry in first.get("ds_autoep_layers") or []}
-        self._layers |= _native_layers(first["module"])
-        if not self._optimizers:
-            self._check_expert_files()
+            self._models, self._partitions = _open_zero3(self._step)
+        # 2. What is in them: dense tensors by module name, and the blocks that keep their experts elsewhere.
+        module: dict[str, torch.Tensor] = self._models[0]["module"]
+        self._names = {family.autoep_to_module(name): name for name in module if not _is_router_alias(name)}
+        self.blocks = saved_blocks(self._models[0])
+        if self._partitions is None:
+            self._require_expert_files()
+        # 3. What an export must ask for.
         self._unasked = dict.fromkeys(self._names)
-        for block in self._layers:
-            self._unasked.update({f"{block}.experts.{name}": None for name in AUTOEP_EXPERT_NAMES.values()})
-        self.dtype: torch.dtype = next(t.dtype for t in first["module"].values() if t.is_floating_point())
-
-    def _open_zero3(self) -> None:
-        first = self._step / "zero_pp_rank_0_mp_rank_00_model_states.pt"
-        if not first.exists():
-            raise UserError(f"{self._step}: holds no model states; the checkpoint is incomplete")
-        world_size = int(_load_with(first, "dp_world_size")["dp_world_size"])
-        models = [self._step / f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(world_size)]
-        prefix = "bf16_" if any(self._step.glob("bf16_zero_pp_rank_*")) else ""
-        optimizers = [self._step / f"{prefix}zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(world_size)]
-        _require_files([*models, *optimizers])
-        self._ranks = [_load_with(path, "module", "param_shapes", "dp_world_size") for path in models]
-        self._optimizers = [_load_with(path, "optimizer_state_dict")["optimizer_state_dict"] for path in optimizers]
-        self._pieces = [_index_pieces(m, o) for m, o in zip(self._ranks, self._optimizers, strict=True)]
-
-    def _expert_file(self, entry: Mapping[str, Any], expert: int) -> Path:
-        name = f"layer_{entry['moe_layer_id']}_expert_{expert}_mp_rank_{{:02d}}_model_states.pt"
-        files = [self._step / name.format(peer) for peer in range(self._peers)]
-        return next((path for path in files if path.exists()), files[0])
-
-    def _check_expert_files(self) -> None:
-        _require_files(
-            [self._expert_file(entry, e) for entry in self._layers.values() for e in range(entry["num_experts"])]
-        )
+        for path in self.blocks:
+            for weight in AUTOEP_EXPERT_NAMES.values():
+                self._unasked[f"{path}.experts.{weight}"] = None
+        self.dtype: torch.dtype = next(tensor.dtype for tensor in module.values() if tensor.is_floating_point())
 
     @torch.no_grad()
     def dense(self, name: str) -> torch.Tensor:
@@ -138,80 +183,104 @@ class FolderSource:
         tensor."""
         stored = self._names[name]
         self._unasked.pop(name, None)
-        kept: torch.Tensor = self._ranks[0]["module"][stored]
-        if self._optimizers and stored in self._pieces[0]:
-            return self._join(stored, 0).to(kept.dtype)
-        if self._peers > 1:
-            return join_saved(stored, [rank["module"][stored] for rank in self._ranks], self._ranks[0])
-        return kept
+        if self._partitions is None:
+            shards = [model["module"][stored] for model in self._models]
+            return join_saved(stored, shards, self._models[0])
+        kept: torch.Tensor = self._models[0]["module"][stored]
+        rank_0 = self._partitions.ranks[0]
+        if not rank_0.holds(stored):  # a buffer
+            return kept
+        return self._partitions.join(stored, rank_0.sharers[stored]).to(kept.dtype)
 
     @torch.no_grad()
-    def experts(self, block: str, projection: str) -> torch.Tensor:
+    def experts(self, path: str, projection: str) -> torch.Tensor:
         """See :class:`~moe_models.checkpoint.source.TensorSource`."""
-        if block not in self._layers:
-            fused = split_fused(self.dense, block, projection)
-            assert fused is not None  # a folder has no ranks that only help
-            return fused
-        entry = self._layers[block]
-        weight = AUTOEP_EXPERT_NAMES[projection]
-        self._unasked.pop(f"{block}.experts.{weight}", None)
-        if "native" in entry:
-            name = f"{block}.{NATIVE_EXPERTS}.{{}}.{projection}_proj.weight"
-            files = (self._expert_file(entry, e) for e in range(entry["num_experts"]))
-            return torch.stack([_tensor_in(path, name.format(e)) for e, path in enumerate(files)])
-        stored = f"{entry['expert_key_prefix']}.{weight}"
-        if not self._optimizers:
-            files = (self._expert_file(entry, e) for e in range(entry["num_experts"]))
-            return torch.stack([_tensor_in(path, f"{stored}.{e}") for e, path in enumerate(files)])
-        # One rank per EP rank is enough to find the partitions of its experts.
-        owners = {self._entry(rank, block)["ep_rank"]: rank for rank in reversed(range(len(self._ranks)))}
-        E_local, *shape = self._pieces[owners[0]][stored].shape
-        stacked = torch.empty((E_local * entry["ep_size"], *shape), dtype=self.dtype)
-        for ep_rank, share in enumerate(stacked.chunk(entry["ep_size"])):
-            share.copy_(self._join(stored, owners[ep_rank]))
+        block = self.blocks.get(path)
+        if block is None:  # Hugging Face's own: every rank has all experts
+            return take_projection(self.dense(plain_parameter(path, projection)), projection)
+        self._unasked.pop(autoep_parameter(path, projection), None)
+        if self._partitions is not None:
+            return self._joined_experts(block, projection, self._partitions)
+        experts = []
+        for expert in range(block.num_experts):
+            file = self._expert_file(block, expert)
+            experts.append(_tensor_in(file, block.name_in_file(projection, expert)))
+        return torch.stack(experts)
+
+    def _joined_experts(self, block: SavedBlock, projection: str, partitions: Partitions) -> torch.Tensor:
+        """All experts of a block of AutoEP under ZeRO-3, [E, F, D] or [E, D, F], in the dtype of the model."""
+        stored = block.parameter(projection, 0)
+        # 1. The first rank with each part of the experts; it knows which ranks share that part.
+        owners: dict[int, int] = {}
+        for rank, model in enumerate(self._models):
+            owners.setdefault(_ep_rank(model, block.path), rank)
+        # 2. One part after the other, from fp32.
+        first = partitions.ranks[owners[0]]
+        E_local, *shape = first.shapes[stored]
+        stacked = torch.empty((E_local * block.ep_size, *shape), dtype=self.dtype)
+        for ep_rank, share in enumerate(stacked.chunk(block.ep_size)):
+            sharers = partitions.ranks[owners[ep_rank]].sharers[stored]
+            share.copy_(partitions.join(stored, sharers))
         return stacked
 
     def unasked(self) -> Iterable[str]:
         """See :class:`~moe_models.checkpoint.source.TensorSource`."""
         return self._unasked
 
-    def num_experts(self, block: str) -> int:
-        """Experts of an AutoEP or native block."""
-        return int(self._layers[block]["num_experts"])
+    def _require_expert_files(self) -> None:
+        files = []
+        for block in self.blocks.values():
+            for expert in range(block.num_experts):
+                files.append(self._expert_file(block, expert))
+        _require_files(files)
 
-    def _entry(self, rank: int, block: str) -> Mapping[str, Any]:
-        return next(e for e in self._ranks[rank]["ds_autoep_layers"] if e["module_path"] == block)
-
-    def _join(self, stored: str, rank: int) -> torch.Tensor:
-        """The full fp32 tensor (for experts: those of ``rank``) out of the partitions that its group keeps."""
-        piece = self._pieces[rank][stored]
-        parts = []
-        for member in piece.partition_ranks:
-            other = self._pieces[member][stored]
-            if other.group < 0:
-                parts.append(self._ranks[member]["frozen_param_fragments"][stored].flatten())
-            else:
-                flat = self._optimizers[member]["fp32_flat_groups"][other.group]
-                if flat.numel() < other.start + other.numel:
-                    raise UserError(
-                        f"{self._step}: rank {member} saved {flat.numel()} values where {stored} needs "
-                        f"{other.start + other.numel}; weights offloaded to NVMe are not part of a checkpoint"
-                    )
-                parts.append(flat.narrow(0, other.start, other.numel))
-        numel = torch.Size(piece.shape).numel()
-        return torch.cat(parts).narrow(0, 0, numel).view(piece.shape)
+    def _expert_file(self, block: SavedBlock, expert: int) -> Path:
+        """The file of one expert; with tensor parallelism it has the number of a peer that held the expert."""
+        files = [
+            self._step / f"layer_{block.number}_expert_{expert}_mp_rank_{peer:02d}_model_states.pt"
+            for peer in range(len(self._models))
+        ]
+        return next((path for path in files if path.exists()), files[0])
 
 
-def _native_layers(module: Mapping[str, torch.Tensor]) -> dict[str, Mapping[str, Any]]:
-    """The native blocks of a checkpoint, which describes them by nothing but its names, as AutoEP describes its own."""
-    routers = {name.removesuffix(f".{NATIVE_ROUTER}"): t for name, t in module.items() if name.endswith(NATIVE_ROUTER)}
-    return {
-        block: {"native": True, "moe_layer_id": number, "num_experts": router.shape[0]}
-        for number, (block, router) in enumerate(routers.items())
-    }
+def _open_whole(step: Path) -> list[dict[str, Any]]:
+    """The model states of ZeRO 0 to 2, one for each tensor-parallel peer."""
+    first = _load_with(step / "mp_rank_00_model_states.pt", "module")
+    peers = int(first.get("mp_world_size") or 1)
+    files = [step / f"mp_rank_{peer:02d}_model_states.pt" for peer in range(peers)]
+    _require_files(files)
+    return [first] + [_load_with(path, "module") for path in files[1:]]
+
+
+def _open_zero3(step: Path) -> tuple[list[dict[str, Any]], Partitions]:
+    """The model states of ZeRO-3, one for each rank, and the partitions of the weights."""
+    first = step / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    if not first.exists():
+        raise UserError(f"{step}: holds no model states; the checkpoint is incomplete")
+    # 1. How many files there must be, and whether all of them are there.
+    world_size = int(_load_with(first, "dp_world_size")["dp_world_size"])
+    prefix = ""
+    if any(step.glob("bf16_zero_pp_rank_*")):
+        prefix = "bf16_"
+    names = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(world_size)]
+    model_files = [step / f"{name}_model_states.pt" for name in names]
+    optimizer_files = [step / f"{prefix}{name}_optim_states.pt" for name in names]
+    _require_files([*model_files, *optimizer_files])
+    # 2. Their content, memory-mapped.
+    models = [_load_with(path, "module", "param_shapes", "dp_world_size") for path in model_files]
+    optimizers = [_load_with(path, "optimizer_state_dict")["optimizer_state_dict"] for path in optimizer_files]
+    ranks = [zero3_partition(model, optimizer) for model, optimizer in zip(models, optimizers, strict=True)]
+    return models, Partitions(step, ranks)
+
+
+def _ep_rank(model: Mapping[str, Any], path: str) -> int:
+    """Which part of the block's experts the rank with these model states held."""
+    entry = next(entry for entry in model["ds_autoep_layers"] if entry["module_path"] == path)
+    return int(entry["ep_rank"])
 
 
 def _load_with(path: Path, *keys: str) -> dict[str, Any]:
+    """:func:`load_states`; raises UserError unless the file has these keys."""
     states = load_states(path)
     lacking = [key for key in keys if key not in states]
     if lacking:
@@ -234,8 +303,7 @@ def _is_router_alias(name: str) -> bool:
 def _require_files(paths: list[Path]) -> None:
     missing = [path.name for path in paths if not path.exists()]
     if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise UserError(
-            f"{paths[0].parent}: {len(missing)} of {len(paths)} files are missing ({shown}); "
+            f"{paths[0].parent}: {len(missing)} of {len(paths)} files are missing ({some_of(missing)}); "
             "the checkpoint is incomplete, use an earlier one"
         )

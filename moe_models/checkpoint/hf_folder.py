@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from moe_models.errors import RunError, some_of
 from moe_models.files import _sync, replace_folder, restore_previous
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
@@ -38,7 +39,7 @@ _COMPANIONS = re.compile(
 """With the weights, all that an export writes; a folder that holds anything else is not replaced."""
 
 
-class ExportError(RuntimeError):
+class ExportError(RunError):
     """The folder cannot be completed; the message names every tensor that is at fault. Nothing was left behind."""
 
 
@@ -65,23 +66,27 @@ class HFFolderWriter:
         self.folder = Path(os.path.realpath(folder))  # "." has no name, and a link must not be renamed
         self._expected = dict(expected)
         self._max_shard_bytes = max_shard_bytes
+        # The shard in progress, the shards on the disk (file, names of its tensors), and everything seen so far.
         self._shard: dict[str, torch.Tensor] = {}
         self._shard_bytes = 0
         self._shard_files: list[tuple[str, list[str]]] = []
         self._seen: set[str] = set()
         self.total_bytes = 0
         self.total_parameters = 0
+        # 1. The place must be free, or hold an earlier export.
         restore_previous(self.folder)
         refuse_foreign_folder(self.folder)
+        # 2. The staging folder. A living export holds its lock; what a crash left behind is free.
         self.staging = self.folder.with_name(f".{self.folder.name}.writing")
         if self.staging.exists():
-            os.close(_lock(self.staging))  # a living export holds the lock; what a crash left is free
+            os.close(_lock(self.staging))
             shutil.rmtree(self.staging)
         self.staging.mkdir(parents=True)
         self._lock_fd = _lock(self.staging)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor (CPU, any stride). It must own its memory or be copied here: shards outlive the caller."""
+        # 1. Refuse what the finished folder must not hold.
         if name not in self._expected:
             raise ExportError(f"{name}: not a tensor of this model's Hugging Face checkpoint")
         if name in self._seen:
@@ -91,21 +96,26 @@ class HFFolderWriter:
             raise ExportError(f"{name}: has shape {list(tensor.shape)}, expected {list(shape)}")
         if tensor.dtype != dtype:
             raise ExportError(f"{name}: is {tensor.dtype}, expected {dtype}")
-        if not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        finite = torch.isfinite(tensor)
+        if not bool(finite.all()):
+            bad = int((~finite).sum())
             raise ExportError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
+        # 2. Make room: the shard in progress is written if this tensor would make it too large.
         nbytes = tensor.numel() * tensor.element_size()
         if self._shard and self._shard_bytes + nbytes > self._max_shard_bytes:
             self._flush()
-        self._seen.add(name)
-        # A slice of a gathered tensor would keep the whole gathered tensor alive, so it is copied.
+        # 3. Keep it. A slice of a gathered tensor would keep the whole gathered tensor alive, so it is copied.
         owns_memory = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == nbytes
-        self._shard[name] = tensor if owns_memory else tensor.contiguous().clone()
+        if not owns_memory:
+            tensor = tensor.contiguous().clone()
+        self._seen.add(name)
+        self._shard[name] = tensor
         self._shard_bytes += nbytes
         self.total_bytes += nbytes
         self.total_parameters += tensor.numel()
 
     def _flush(self) -> None:
+        """Write the shard in progress under a name of its own; how many shards there will be is not known yet."""
         if not self._shard:
             return
         file = self.staging / f"shard-{len(self._shard_files):05d}.safetensors"
@@ -117,24 +127,29 @@ class HFFolderWriter:
             raise ExportError(f"{file}: cannot be written: {error}") from error
         file.chmod(mode)
         self._shard_files.append((file.name, list(self._shard)))
-        self._shard, self._shard_bytes = {}, 0
+        self._shard = {}
+        self._shard_bytes = 0
 
     def close_weights(self) -> None:
         """Write the last shard and the index; raises :class:`ExportError` naming every tensor that never came."""
+        # 1. Nothing may be missing.
         missing = [name for name in self._expected if name not in self._seen]
         if missing:
-            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise ExportError(f"{len(missing)} of {len(self._expected)} tensors are missing: {shown}")
+            raise ExportError(f"{len(missing)} of {len(self._expected)} tensors are missing: {some_of(missing, 8)}")
         self._flush()
+        # 2. A single shard needs no index.
         count = len(self._shard_files)
         if count == 1:
-            os.replace(self.staging / self._shard_files[0][0], self.staging / "model.safetensors")
+            only, _ = self._shard_files[0]
+            os.replace(self.staging / only, self.staging / "model.safetensors")
             return
-        weight_map = {}
-        for i, (file, names) in enumerate(self._shard_files, start=1):
-            final = f"model-{i:05d}-of-{count:05d}.safetensors"
+        # 3. Several get names with their number, and an index that says which tensor is where.
+        weight_map: dict[str, str] = {}
+        for number, (file, names) in enumerate(self._shard_files, start=1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
             os.replace(self.staging / file, self.staging / final)
-            weight_map.update(dict.fromkeys(names, final))
+            for name in names:
+                weight_map[name] = final
         index = {
             "metadata": {"total_size": self.total_bytes, "total_parameters": self.total_parameters},
             "weight_map": dict(sorted(weight_map.items())),
@@ -176,11 +191,16 @@ def refuse_foreign_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ExportError(f"{folder}: is a file, not a folder")
     entries = sorted(folder.iterdir())
-    known = (_WEIGHT_FILES, _COMPANIONS)
-    foreign = [entry.name for entry in entries if not any(pattern.fullmatch(entry.name) for pattern in known)]
+    foreign = [entry.name for entry in entries if not _is_of_an_export(entry.name)]
     if foreign or (entries and not (folder / "config.json").exists()):
-        what = f" (it holds {foreign[0]})" if foreign else ""
+        what = ""
+        if foreign:
+            what = f" (it holds {foreign[0]})"
         raise ExportError(f"{folder}: is not empty and is not an earlier export{what}; give a new folder")
+
+
+def _is_of_an_export(name: str) -> bool:
+    return bool(_WEIGHT_FILES.fullmatch(name) or _COMPANIONS.fullmatch(name))
 
 
 def save_companions(

@@ -1,9 +1,9 @@
-"""Proof that an exported folder is the model: plain transformers loads it, holds its bits and says what it said.
+"""Proof that an exported folder is the model: loaded by plain transformers it has the same bits and the same logits.
 
 Two comparisons, because each is blind where the other sees:
 
-- *Bits*: a checksum of every tensor, and of every expert and projection, taken from the engine's memory by the rank
-  that owns it, against the reloaded model. It is exact in every dtype and needs no token to visit an expert.
+- *Bits*: a checksum of every tensor, and of every projection of every expert, against the reloaded model. The rank that
+  owns the weights takes it from the engine's memory. It is exact in every dtype and needs no token to visit an expert.
 - *Logits* of fixed tokens: that the tensors are also used as the engine uses them (names, gate against up, rotary
   embedding, routing). In 16 bit it is coarse: one wrong expert of many moves few tokens, and so do ties in routing.
 """
@@ -19,7 +19,9 @@ import torch
 
 from moe_models.checkpoint.hf_folder import ExportError
 from moe_models.checkpoint.source import fingerprint
+from moe_models.engine.blocks import split_gate_up
 from moe_models.engine.plain_transformers import as_shipped, without_zero3
+from moe_models.errors import some_of
 
 PROBE_SHAPE = (2, 48)
 """Sequences and tokens of the probe; enough for every expert of a common layer to be chosen."""
@@ -71,8 +73,8 @@ def prove_folder(
     Args:
         folder: the Hugging Face folder.
         ids_BT: the probe of :func:`record_logits`.
-        logits_BTV: what the engine said to it.
-        fingerprints: :attr:`EngineSource.fingerprints <moe_models.checkpoint.export.EngineSource.fingerprints>`.
+        logits_BTV: the engine's logits for it.
+        fingerprints: those of an :class:`~moe_models.checkpoint.from_engine.EngineSource`.
 
     Raises:
         ExportError: if a key is missing or unexpected, a tensor holds other bits than the engine, or the logits differ
@@ -80,31 +82,37 @@ def prove_folder(
     """
     from transformers import AutoModelForCausalLM
 
-    with without_zero3():  # the proof wants the whole model in one process
+    # 1. Every key of the model is in the folder, and nothing else.
+    with without_zero3():  # the whole model, in one process
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(info["unexpected_keys"])
     if missing or unexpected or info["mismatched_keys"]:
         raise ExportError(f"{folder}: reloading finds missing {missing[:4]} and unexpected {unexpected[:4]} keys")
+    # 2. Every tensor holds the engine's bits.
     reloaded = dict(model_fingerprints(model))
     differing = [name for name in {**fingerprints, **reloaded} if fingerprints.get(name) != reloaded.get(name)]
     if differing:
-        shown = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
-        raise ExportError(f"{folder}: the reloaded model holds other bits than the trained one in {shown}")
+        raise ExportError(f"{folder}: the reloaded model holds other bits than the trained one in {some_of(differing)}")
+    # 3. The model answers the probe as the engine did.
     reloaded_BTV = model.eval()(input_ids=ids_BT, use_cache=False).logits.float()
-    scale = logits_BTV.abs().max().clamp_min(1e-12)
-    difference_BT = (reloaded_BTV - logits_BTV).abs().amax(-1) / scale
+    largest = logits_BTV.abs().max().clamp_min(1e-12)
+    difference_BT = (reloaded_BTV - logits_BTV).abs().amax(-1) / largest
+    same_BT = reloaded_BTV.argmax(-1) == logits_BTV.argmax(-1)
     proof = ExportProof(
         missing_keys=len(missing),
         unexpected_keys=len(unexpected),
         equal_tensors=len(reloaded),
         max_logit_difference=difference_BT.max().item(),
         median_logit_difference=difference_BT.median().item(),
-        same_top1=(reloaded_BTV.argmax(-1) == logits_BTV.argmax(-1)).float().mean().item(),
+        same_top1=same_BT.float().mean().item(),
     )
+    # In 16 bit the median is judged: a tie between two experts moves single positions, wrong use of the weights most.
+    judged = proof.median_logit_difference
+    if model.dtype == torch.float32:
+        judged = proof.max_logit_difference
     tolerance = RELATIVE_TOLERANCE[model.dtype]
-    # The median, in 16 bit: a tie between two experts moves single positions, wrong use of the weights moves most.
-    judged = proof.max_logit_difference if model.dtype == torch.float32 else proof.median_logit_difference
-    if not judged <= tolerance:
+    if not judged <= tolerance:  # NaN fails, too
         raise ExportError(
             f"{folder}: the reloaded model differs from the trained one: logits by {judged:.2e} of their size, "
             f"{tolerance:.0e} allowed for {model.dtype}"
@@ -116,16 +124,16 @@ def model_fingerprints(model: Any) -> Iterator[tuple[str, int]]:
     """Fingerprint of every tensor of an HF model, experts one by one, under the names that ``EngineSource`` gives."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for name, tensor in model.state_dict().items():
-        block = name.rpartition(".")[0]
+        experts, _, _ = name.rpartition(".")
         if name in tied:
             continue
         if name.endswith(".experts.gate_up_proj"):
-            gate_EFD, up_EFD = tensor.chunk(2, dim=1)
+            gate_EFD, up_EFD = split_gate_up(tensor)
             for e, (gate_FD, up_FD) in enumerate(zip(gate_EFD, up_EFD, strict=True)):
-                yield f"{block}.{e}.gate", fingerprint(gate_FD)
-                yield f"{block}.{e}.up", fingerprint(up_FD)
+                yield f"{experts}.{e}.gate", fingerprint(gate_FD)
+                yield f"{experts}.{e}.up", fingerprint(up_FD)
         elif name.endswith(".experts.down_proj"):
             for e, down_DF in enumerate(tensor):
-                yield f"{block}.{e}.down", fingerprint(down_DF)
+                yield f"{experts}.{e}.down", fingerprint(down_DF)
         else:
             yield name, fingerprint(tensor)

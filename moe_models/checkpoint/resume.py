@@ -1,16 +1,15 @@
 """Going on from a checkpoint of another layout: ranks, ZeRO stage, EP or TP size, AutoEP, native or plain blocks.
 
-DeepSpeed's way is a conversion of the checkpoint (``ds_to_universal``) that its ZeRO-3 loader then cannot read when
-ZeRO 1 or 2 wrote it. Here nothing is converted and nothing written: every rank reads the tensors it needs whole, one
-after the other (:mod:`moe_models.checkpoint.saved_states`), and keeps the share that the new layout gives it. Master
-weights and Adam's moments arrive bit by bit; learning-rate schedule and counters go on. Random numbers are per rank:
-ranks that the old run did not have start theirs anew.
+DeepSpeed's way is to convert the checkpoint (``ds_to_universal``); its ZeRO-3 loader then cannot read what ZeRO 1 or 2
+wrote. Here nothing is converted and nothing written. Every rank reads the tensors that it needs, whole, one after the
+other (:mod:`moe_models.checkpoint.saved_states`), and keeps the share that the new layout gives it. Master weights and
+Adam's moments arrive bit by bit; learning-rate schedule and counters go on. Random numbers are per rank: ranks that the
+old run did not have start theirs anew.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,32 +19,42 @@ import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
+from moe_models.checkpoint.partitions import MASTER_WEIGHT, share_of
 from moe_models.checkpoint.saved_states import KEYS, WEIGHT, SavedStates
+from moe_models.checkpoint.source import is_writer
 from moe_models.checkpoint.tp_shards import own_shard
-from moe_models.engine.autoep import autoep_layers
-from moe_models.engine.native import native_blocks
+from moe_models.engine.blocks import ExpertParameter, find_blocks, whole_shape
 from moe_models.errors import UserError
-from moe_models.families.table import AUTOEP_EXPERT_NAMES, NATIVE_EXPERTS, Family
+from moe_models.families.table import Family
 from moe_models.files import read_json
 
 logger = logging.getLogger(__name__)
 
-_PROJECTIONS = {weight: projection for projection, weight in AUTOEP_EXPERT_NAMES.items()}
-_NATIVE_EXPERT = re.compile(rf"(.*)\.{re.escape(NATIVE_EXPERTS)}\.(\d+)\.(gate|up|down)_proj\.weight")
+LAYOUT_FILE = "layout.json"
+"""In a checkpoint folder: the layout that wrote it."""
 
 
 def describe_engine(engine: Any) -> dict[str, Any]:
     """What a checkpoint's files depend on; two engines that agree here read each other's."""
-    blocks = native_blocks(engine.module)
-    autoep = autoep_layers(engine.module)
-    ep_sizes = {layer.ep_size for layer in autoep.values()} | {block.moe.ep_size for block in blocks.values()}
+    blocks = find_blocks(engine.module)
+    kinds = {block.kind for block in blocks}
+    if "native" in kinds:
+        experts = "native"
+    elif "autoep" in kinds:
+        experts = "autoep"
+    else:
+        experts = "plain"
+    world_size = 1
+    if dist.is_initialized():
+        world_size = dist.get_world_size()
+    precision = next(p.dtype for p in engine.module.parameters())
     return {
-        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+        "world_size": world_size,
         "zero_stage": int(engine.zero_optimization_stage()),
-        "experts": "native" if blocks else "autoep" if autoep else "plain",
-        "ep_size": max(ep_sizes, default=1),
+        "experts": experts,
+        "ep_size": max((block.ep_size for block in blocks), default=1),
         "tp_size": max(1, engine.autotp_size()),
-        "precision": str(next(p.dtype for p in engine.module.parameters())).removeprefix("torch."),
+        "precision": str(precision).removeprefix("torch."),
     }
 
 
@@ -57,14 +66,16 @@ def any_layout(family: Family) -> Iterator[None]:
     load_own = trainer.deepspeed_load_checkpoint
 
     def load(engine: Any, checkpoint: str, **options: Any) -> None:
-        saved, here = saved_layout(Path(checkpoint)), describe_engine(engine)
-        if saved is None or saved == here:
+        saved = saved_layout(checkpoint)
+        if saved is None or saved == describe_engine(engine):
             load_own(engine, checkpoint, **options)
             return
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_writer():
             logger.warning("resume: %s was written by another layout (%s); it is read into this one", checkpoint, saved)
         load_other_layout(engine, Path(checkpoint), family)
 
+    # upstream: transformers 5.20.2, deepspeed 0.19.8: Trainer.train calls this function, which has no hook and hands
+    # the folder to DeepSpeed's engine, which cannot read another layout. Remove when: the engine loads any layout.
     trainer.deepspeed_load_checkpoint = load
     try:
         yield
@@ -83,16 +94,24 @@ def load_other_layout(engine: Any, checkpoint: Path, family: Family) -> None:
     states = SavedStates(checkpoint, family)
     shares = _shares_of(engine)
     reader = _Reader(engine.module, family, states)
+    # 1. Weights and moments: read one tensor whole, keep this rank's share of it.
     for name, parameter in engine.module.named_parameters():
-        for key in KEYS if parameter.requires_grad else (WEIGHT,):
-            value = own_shard(reader.whole(name, parameter, key), parameter)
-            if value.shape != _shape(parameter):
-                raise UserError(f"{checkpoint}: {name} has shape {list(value.shape)}, here {list(_shape(parameter))}")
-            if key in ("fp32", WEIGHT):
+        keys: tuple[str, ...] = (WEIGHT,)
+        if parameter.requires_grad:
+            keys = KEYS
+        for key in keys:
+            value = own_shard(reader.whole(name, key), parameter)
+            if value.shape != whole_shape(parameter):
+                raise UserError(
+                    f"{checkpoint}: {name} has shape {list(value.shape)}, here {list(whole_shape(parameter))}"
+                )
+            if key in (MASTER_WEIGHT, WEIGHT):
                 shares.set_weight(parameter, value)
             if key != WEIGHT:
                 shares.set_state(parameter, key, value)
+    # 2. Buffers that are part of the model, DeepSeek-V3's selection bias for one.
     _set_buffers(engine.module, family, states)
+    # 3. What is counted: by Adam, by the loss scaler of fp16, by the engine and by the schedule.
     _set_step(engine.optimizer.optimizer, states.optimizer_step)
     scaler = states.loss_scaler
     if getattr(engine.optimizer, "dynamic_loss_scale", False) and type(scaler) is type(engine.optimizer.loss_scaler):
@@ -106,29 +125,24 @@ class _Reader:
     """What this rank's parameters are made of: a block's experts may be spread, stacked or fused, here and there."""
 
     def __init__(self, module: torch.nn.Module, family: Family, states: SavedStates) -> None:
-        self._autoep, self._native = autoep_layers(module), native_blocks(module)
-        self._family, self._states = family, states
+        self._family = family
+        self._states = states
+        self._experts: dict[str, tuple[str, ExpertParameter]] = {}
+        for block in find_blocks(module):
+            for parameter in block.parameters():
+                self._experts[parameter.name] = (block.path, parameter)
 
-    def whole(self, name: str, parameter: Any, key: str) -> torch.Tensor:
-        """What ``name`` stands for on this rank, all of it: with experts that are spread, those of this rank."""
-        block, _, rest = name.partition(".experts.")
-        if block in self._autoep and rest in _PROJECTIONS:
-            E_local = _shape(parameter)[0]
-            first = E_local * _ep_rank(self._autoep[block].ep_size, self._autoep[block].ep_group)
-            return self._stack(block, _PROJECTIONS[rest], range(first, first + E_local), key)
-        if match := _NATIVE_EXPERT.fullmatch(name):
-            moe = self._native[match[1]].moe
-            expert = int(match[2]) + moe.num_local_experts * _ep_rank(moe.ep_size, moe.deepspeed_moe.ep_group)
-            return self._states.expert(match[1], match[3], expert, key)
-        if rest == "down_proj":
-            return self._stack(block, "down", range(_shape(parameter)[0]), key)
-        if rest == "gate_up_proj":
-            both = [self._stack(block, projection, range(_shape(parameter)[0]), key) for projection in ("gate", "up")]
-            return torch.cat(both, dim=1)
-        return self._states.dense(self._family.autoep_to_module(name), key)
+    def whole(self, name: str, key: str) -> torch.Tensor:
+        """What parameter ``name`` stands for on this rank, all of it: with experts that are spread, those of this
+        rank."""
+        if name not in self._experts:
+            return self._states.dense(self._family.autoep_to_module(name), key)
+        path, parameter = self._experts[name]
 
-    def _stack(self, block: str, projection: str, experts: range, key: str) -> torch.Tensor:
-        return torch.stack([self._states.expert(block, projection, expert, key) for expert in experts])
+        def read(projection: str, expert: int) -> torch.Tensor:
+            return self._states.expert(path, projection, expert, key)
+
+        return parameter.build(read)
 
 
 def _set_buffers(module: torch.nn.Module, family: Family, states: SavedStates) -> None:
@@ -145,11 +159,16 @@ def _resume_schedule(scheduler: Any, saved: Any) -> None:
     if not isinstance(scheduler, LambdaLR):  # every schedule of HF is one, but reduce_lr_on_plateau
         scheduler.load_state_dict(saved)
         return
-    # Its lists have an entry for each parameter group, and layouts differ in their groups.
-    scheduler.load_state_dict({k: v for k, v in saved.items() if not isinstance(v, list)} | {"lr_lambdas": []})
-    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+    # 1. The counters. Lists have an entry for each parameter group, and layouts differ in their groups.
+    counters = {key: value for key, value in saved.items() if not isinstance(value, list)}
+    scheduler.load_state_dict(counters | {"lr_lambdas": []})
+    # 2. The rate of each group at that step, as LambdaLR computes it.
+    rates = []
+    for base_rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        rates.append(base_rate * factor(scheduler.last_epoch))
+    # 3. Where LambdaLR, and the optimizer, keep it until the next step.
+    scheduler._last_lr = rates
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
 
@@ -178,10 +197,11 @@ class _PartitionedGroups:
         self._optimizer = optimizer
         with _moves_nothing(optimizer.optimizer, optimizer.single_partition_of_fp32_groups):
             optimizer.optimizer.step()
+        # DeepSpeed links the parameters to the states that the step has just made.
         optimizer._lazy_init_hp_params_optimizer_state()
 
     def set_state(self, parameter: Any, key: str, value: torch.Tensor) -> None:
-        parameter.set_full_hp_param(value, None if key == "fp32" else key)
+        parameter.set_full_hp_param(value, _optimizer_key(key))
 
     def set_weight(self, parameter: Any, value: torch.Tensor) -> None:
         parameter.data.copy_(value)
@@ -199,7 +219,7 @@ class _PartitionedParameters:
 
     def set_state(self, parameter: Any, key: str, value: torch.Tensor) -> None:
         share, _ = self._optimizer._get_fp32_opt_state_partition(
-            parameter, release_swap_buffers=False, optim_state_key=None if key == "fp32" else key
+            parameter, release_swap_buffers=False, optim_state_key=_optimizer_key(key)
         )
         share.copy_(self._share(parameter, value, share.numel()))
 
@@ -208,22 +228,29 @@ class _PartitionedParameters:
         if parameter.data.numel() == value.numel():  # small ones stay whole between steps
             parameter.data.copy_(value)
 
-    def _share(self, parameter: Any, value: torch.Tensor, numel: int) -> torch.Tensor:
-        """This rank's values; the last share is filled up with zeros."""
-        start = numel * self._optimizer._get_param_partition_rank(parameter)
-        mine = value.flatten()[start : start + numel]
-        return torch.nn.functional.pad(mine, (0, numel - mine.numel()))
+    def _share(self, parameter: Any, value: torch.Tensor, size: int) -> torch.Tensor:
+        return share_of(value, self._optimizer._get_param_partition_rank(parameter), size)
+
+
+def _optimizer_key(key: str) -> str | None:
+    """What DeepSpeed calls ``key``: None is the master weight."""
+    if key == MASTER_WEIGHT:
+        return None
+    return key
 
 
 @contextmanager
 def _moves_nothing(optimizer: Any, flats: list[torch.Tensor]) -> Iterator[None]:
     """Adam makes its states in the first step; a step in here makes them and changes no weight."""
-    gradients, rates = [flat.grad for flat in flats], [group["lr"] for group in optimizer.param_groups]
+    # 1. Gradients and rates of zero, the real ones remembered.
+    gradients = [flat.grad for flat in flats]
+    rates = [group["lr"] for group in optimizer.param_groups]
     for flat in flats:
         flat.grad = torch.zeros_like(flat)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     yield
+    # 2. As they were.
     for flat, gradient in zip(flats, gradients, strict=True):
         flat.grad = gradient
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -231,28 +258,23 @@ def _moves_nothing(optimizer: Any, flats: list[torch.Tensor]) -> Iterator[None]:
 
 
 def _set_step(optimizer: Any, step: int) -> None:
-    """torch's Adam counts in a tensor for each state, DeepSpeed's in a number, for some in the group."""
+    """torch's Adam counts in a tensor for each state; DeepSpeed's in a number, some of them in the group."""
     for state in optimizer.state.values():
-        if "step" in state:
-            state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+        if "step" not in state:
+            continue
+        if torch.is_tensor(state["step"]):
+            state["step"] = torch.full_like(state["step"], step)
+        else:
+            state["step"] = step
     for group in optimizer.param_groups:
         if "step" in group:
             group["step"] = step
 
 
-def _ep_rank(ep_size: int, group: Any) -> int:
-    return dist.get_rank(group) if ep_size > 1 else 0
-
-
-def _shape(parameter: Any) -> torch.Size:
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-LAYOUT_FILE = "layout.json"
-"""In a checkpoint folder: the layout that wrote it."""
-
-
 def saved_layout(checkpoint: str | Path) -> dict[str, Any] | None:
-    """The layout that wrote ``checkpoint``; None where it is not said."""
+    """The layout that wrote ``checkpoint``; None where the folder does not say it."""
     file = Path(checkpoint) / LAYOUT_FILE
-    return {"tp_size": 1, **read_json(file)} if file.is_file() else None
+    if not file.is_file():
+        return None
+    # Early files do not have the key; then there was no tensor parallelism.
+    return {"tp_size": 1, **read_json(file)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -23,17 +23,6 @@ class TensorSource(Protocol):
 
     def unasked(self) -> Iterable[str]:
         """Names of trained tensors that were not asked for so far."""
-
-
-def split_fused(dense: Callable[[str], torch.Tensor | None], block: str, projection: str) -> torch.Tensor | None:
-    """An expert projection out of HF's own fused tensors (a block that AutoEP did not replace)."""
-    if projection == "down":
-        return dense(f"{block}.experts.down_proj")
-    gate_up_E2FD = dense(f"{block}.experts.gate_up_proj")
-    if gate_up_E2FD is None:
-        return None
-    gate_EFD, up_EFD = gate_up_E2FD.chunk(2, dim=1)
-    return gate_EFD if projection == "gate" else up_EFD
 
 
 def is_writer() -> bool:

@@ -1,7 +1,8 @@
 """What DeepSpeed's AutoTP split, made whole again: matrices of a live engine or of a checkpoint.
 
-AutoTP (deepspeed 0.19.8) leaves on each parameter that it split the dimension (0: outputs, 1: inputs), and in each
-checkpoint the patterns of the names: replicated, split by inputs, and all others, split by outputs.
+AutoTP (deepspeed 0.19.8) marks each parameter that it split with the dimension: 0 for outputs, 1 for inputs. In a
+checkpoint it writes patterns of the names that are replicated and of those that are split by inputs; all others are
+split by outputs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ _CHECKPOINT_MARK = "universal_checkpoint_info"
 def split_dimension(parameter: torch.Tensor) -> int | None:
     """The dimension that AutoTP split, or None where every tensor-parallel peer holds the whole parameter."""
     mark = getattr(parameter, _PARAMETER_MARK, None)
-    dimension: int | None = mark["partition_dim"] if mark and mark["partition_sizes"] else None
-    return dimension
+    if not mark or not mark["partition_sizes"]:
+        return None
+    return int(mark["partition_dim"])
 
 
 def own_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -31,9 +33,10 @@ def own_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         return whole
     from deepspeed.utils import groups
 
-    sizes = list(getattr(parameter, _PARAMETER_MARK)["partition_sizes"])
+    sizes = list(getattr(parameter, _PARAMETER_MARK)["partition_sizes"])  # of each peer; they may be uneven
     peer = groups.get_tensor_model_parallel_rank()
-    return whole.narrow(dimension, sum(sizes[:peer]), sizes[peer])
+    start = sum(sizes[:peer])
+    return whole.narrow(dimension, start, sizes[peer])
 
 
 def join_on_rank_0(shard: torch.Tensor, dimension: int) -> torch.Tensor | None:
@@ -44,21 +47,27 @@ def join_on_rank_0(shard: torch.Tensor, dimension: int) -> torch.Tensor | None:
     ranks = dist.get_process_group_ranks(group)
     if 0 not in ranks:  # the groups of other data-parallel ranks hold the same shards
         return None
-    sizes = [torch.zeros_like(torch.tensor(shard.shape, device=shard.device)) for _ in ranks]
-    dist.all_gather(sizes, torch.tensor(shard.shape, device=shard.device), group=group)  # they may be uneven
+    # 1. Every peer learns the shapes, which may be uneven.
+    own_shape = torch.tensor(shard.shape, device=shard.device)
+    shapes = [torch.zeros_like(own_shape) for _ in ranks]
+    dist.all_gather(shapes, own_shape, group=group)
+    # 2. The shards travel to rank 0, one after the other.
     if dist.get_rank() != 0:
         dist.send(shard.contiguous(), dst=0, group=group)
         return None
     shards = [shard.cpu()]
-    for owner, size in zip(ranks[1:], sizes[1:], strict=True):
-        received = torch.empty(size.tolist(), dtype=shard.dtype, device=shard.device)
+    for owner, shape in zip(ranks[1:], shapes[1:], strict=True):
+        received = torch.empty(shape.tolist(), dtype=shard.dtype, device=shard.device)
         dist.recv(received, src=owner, group=group)
         shards.append(received.cpu())
     return torch.cat(shards, dim=dimension)
 
 
 def join_saved(name: str, shards: Sequence[torch.Tensor], states: Mapping[str, Any]) -> torch.Tensor:
-    """The whole tensor ``name`` out of the shards of all tensor-parallel ranks, as the checkpoint describes them."""
+    """The whole tensor ``name`` out of the shards of all tensor-parallel ranks, as the checkpoint describes them.
+
+    ``states`` are the model states of one rank; without tensor parallelism there is one shard, and it is returned.
+    """
     if len(shards) == 1:
         return shards[0]
     described = states[_CHECKPOINT_MARK]
@@ -68,4 +77,6 @@ def join_saved(name: str, shards: Sequence[torch.Tensor], states: Mapping[str, A
 
     if listed("tp_replicated_parameter_patterns"):
         return shards[0]
-    return torch.cat(list(shards), dim=1 if listed("parameter_with_row_parallelism_patterns") else 0)
+    if listed("parameter_with_row_parallelism_patterns"):
+        return torch.cat(list(shards), dim=1)
+    return torch.cat(list(shards), dim=0)

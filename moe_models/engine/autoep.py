@@ -1,4 +1,4 @@
-"""What AutoEP needs before ``deepspeed.initialize``, and the proof afterwards that it did what was asked.
+"""What AutoEP needs before ``deepspeed.initialize``, and the check afterwards that it did what was asked.
 
 DeepSpeed's AutoEP replaces the MoE blocks of a stock HF model inside ``deepspeed.initialize``, from the
 ``expert_parallel`` section of the JSON. Source: ``deepspeed/module_inject/auto_ep*.py`` of 0.19.8.
@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_models.engine.blocks import find_blocks
 from moe_models.families.table import FAMILIES, Family, moe_blocks
 
 
 def register_presets() -> None:
     """Teach AutoEP the families of our table that DeepSpeed 0.19.8 has no preset for (``own_preset``). Idempotent.
 
-    The pattern keys of ``expert_parallel`` would find the blocks too, but only a preset carries the adapter that points
-    transformers' router-logit recorder at the new router; without it the auxiliary loss has nothing to work on.
+    The pattern keys of ``expert_parallel`` would find the blocks too. But only a preset carries the adapter that points
+    transformers' router-logit recorder at the new router. Without it the auxiliary loss has nothing to work on.
     """
     from deepspeed.module_inject.auto_ep_presets import registry
     from deepspeed.module_inject.auto_ep_presets.base import MoEModelPreset, TransformersTopLevelRouterLogitsAdapter
 
+    # upstream: deepspeed 0.19.8: has no preset for these families, and no public way to add one.
+    # Remove `own_preset` of a family when: DeepSpeed has its preset.
     for family in FAMILIES.values():
         if family.own_preset is None:
             continue
@@ -57,27 +60,23 @@ def register_presets() -> None:
         )
 
 
-def autoep_layers(model: nn.Module) -> dict[str, Any]:
-    """The blocks that AutoEP replaced, by module path."""
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)}
-
-
 def check_replaced(model: nn.Module, family: Family, config: Mapping[str, Any], ep_size: int) -> None:
     """Raise RuntimeError unless every MoE block of the model, and nothing else, became an AutoEP layer of ``ep_size``.
 
-    AutoEP skips a block it does not recognise with a debug message; such a block would train with the gradients of its
-    replicas mixed up or its experts all on every rank.
+    AutoEP skips a block that it does not recognise with a debug message. Such a block would train with the gradients of
+    its replicas mixed up, or with all its experts on every rank.
     """
-    found = autoep_layers(model)
+    # 1. The right blocks.
+    found = {block.path: block for block in find_blocks(model) if block.kind == "autoep"}
     expected = set(moe_blocks(family, config))
-    problems = [f"{name} was not replaced" for name in sorted(expected - set(found))]
-    problems += [f"{name} was replaced but is not an MoE block" for name in sorted(set(found) - expected)]
-    for name, layer in found.items():
-        held = layer.experts.w1.ds_shape[0] if hasattr(layer.experts.w1, "ds_shape") else layer.experts.w1.shape[0]
-        if layer.ep_size != ep_size or held * ep_size != family.num_experts(config):
-            problems.append(f"{name} holds {held} of {family.num_experts(config)} experts at ep_size {layer.ep_size}")
+    problems = [f"{path} was not replaced" for path in sorted(expected - set(found))]
+    problems += [f"{path} was replaced but is not an MoE block" for path in sorted(set(found) - expected)]
+    # 2. The right number of experts in each.
+    E = family.num_experts(config)
+    for path, block in found.items():
+        if block.ep_size != ep_size or block.num_experts != E:
+            held = len(block.local)
+            problems.append(f"{path} holds {held} of {E} experts at ep_size {block.ep_size}")
     if problems:
         raise RuntimeError("AutoEP did not build the layout that the JSON asks for: " + "; ".join(problems))
 
@@ -85,10 +84,10 @@ def check_replaced(model: nn.Module, family: Family, config: Mapping[str, Any], 
 def restore_rotary_buffers(model: nn.Module) -> list[str]:
     """Rebuild rotary ``inv_freq`` buffers in fp32 where loading made them bf16; returns the module names.
 
-    Under ZeRO-3 transformers builds the model inside ``zero.Init``, which creates buffers in the training dtype. A bf16
-    ``inv_freq`` is off by up to 0.4%: at position 4096 that turns a phase by more than two full circles, silently, and
-    only under that ZeRO stage.
+    A bf16 ``inv_freq`` is off by up to 0.4%: at position 4096 that turns a phase by more than two full circles.
     """
+    # upstream: transformers 5.20.2: under ZeRO-3 it builds the model inside deepspeed's zero.Init, which silently
+    # creates buffers in the training dtype. Remove when: from_pretrained keeps inv_freq in fp32 under any ZeRO stage.
     fixed = []
     for name, module in model.named_modules():
         inv_freq = module._buffers.get("inv_freq")
@@ -96,7 +95,9 @@ def restore_rotary_buffers(model: nn.Module) -> list[str]:
             continue
         fresh = type(module)(module.config)
         for key, buffer in fresh._buffers.items():
-            module._buffers[key] = None if buffer is None else buffer.to(device=inv_freq.device, dtype=torch.float32)
+            if buffer is not None:
+                buffer = buffer.to(device=inv_freq.device, dtype=torch.float32)
+            module._buffers[key] = buffer
         for key in ("inv_freq", "original_inv_freq"):  # the latter is a plain attribute in some versions
             if key in fresh.__dict__:
                 setattr(module, key, getattr(fresh, key).to(inv_freq.device))

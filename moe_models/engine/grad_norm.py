@@ -1,9 +1,4 @@
-"""The gradient norm by which DeepSpeed clips: all experts counted, and under ZeRO 1 and 2 taken in one pass.
-
-deepspeed 0.19.8 (``DeepSpeedZeroOptimizer.scaled_global_norm``) copies each gradient to fp64 by itself, sums each of
-its many parameter groups over the ranks on its own (those of experts twice), and leaves the norm on the GPU, where the
-host asks for it in every group before that is updated. What that costs on GPUs: benchmarks/speed.md.
-"""
+"""The gradient norm by which DeepSpeed clips: all experts counted, and under ZeRO 1 and 2 taken in one pass."""
 
 from __future__ import annotations
 
@@ -23,20 +18,32 @@ def norm_in_one_pass(optimizer: Any) -> None:
 
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
         return
-    if optimizer.model_parallel_group is not None or "muon" in type(optimizer.optimizer).__name__.lower():
+    is_muon = "muon" in type(optimizer.optimizer).__name__.lower()
+    if optimizer.model_parallel_group is not None or is_muon:
         return
 
     def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
         assert norm_type == 2, "only L2 norm supported"  # as in DeepSpeed
-        # Every element lies on one rank of the data-parallel group: experts on the ranks that hold them, and of what
-        # several ranks hold each its partition.
-        groups = optimizer.averaged_gradients.values()
-        gradients = [g for group in groups for g in group or [] if not getattr(g, "_zero_padding", False)]
+        # 1. This rank's gradients. Every element is on one rank of the data-parallel group: experts on the ranks that
+        #    hold them, and of what several ranks hold, each its partition.
+        gradients = []
+        for group in optimizer.averaged_gradients.values():
+            for gradient in group or []:
+                if not getattr(gradient, "_zero_padding", False):
+                    gradients.append(gradient)
+
+        # 2. One sum of squares here, one sum over the ranks.
         square = local_square(gradients, optimizer.device)
         dist.all_reduce(square, group=optimizer.dp_process_group)
-        norm = square.sqrt().float().cpu()  # the one wait; from here on the host runs ahead of the GPU
+
+        # 3. The one wait; from here on the host runs ahead of the GPU.
+        norm = square.sqrt().float().cpu()
         return norm if torch.isfinite(norm) else torch.tensor(float("inf"))
 
+    # upstream: deepspeed 0.19.8: scaled_global_norm copies each gradient to fp64 by itself, sums each of its many
+    # parameter groups over the ranks on its own (those of experts twice), and leaves the norm on the GPU, where the
+    # host asks for it in every group before that is updated. Cost on GPUs: benchmarks/speed.md.
+    # Remove when: DeepSpeed takes the norm over all groups at once.
     optimizer.scaled_global_norm = scaled_global_norm
 
 
@@ -53,21 +60,22 @@ def local_square(gradients: list[torch.Tensor], device: Any) -> torch.Tensor:
 
 
 def count_every_expert_in_the_norm(optimizer: Any) -> None:
-    """Make a ZeRO 1 or 2 optimizer count the gradients of all experts when it clips, under tensor parallelism.
-
-    There DeepSpeed takes what AutoTP did not split from the first peer of each group only, because the others hold
-    the same. Experts are not split, but an EP group runs over the peers and each holds other experts: deepspeed 0.19.8
-    loses theirs (3.9% of the norm of the tiny Mixtral at TP 2 x EP 2), and clips too little.
-    """
+    """Make a ZeRO 1 or 2 optimizer count the gradients of all experts when it clips, under tensor parallelism."""
     original = optimizer.get_grad_norm_direct
 
     def get_grad_norm_direct(gradients: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        params, rank = list(params), optimizer.model_parallel_rank
-        if params and not getattr(params[0], "allreduce", True):  # a group holds experts only, or none
+        params = list(params)
+        rank = optimizer.model_parallel_rank
+        holds_experts = bool(params) and not getattr(params[0], "allreduce", True)  # experts only, or none
+        if holds_experts:
             optimizer.model_parallel_rank = 0
         try:
             return original(gradients, params, *args, **kwargs)
         finally:
             optimizer.model_parallel_rank = rank
 
+    # upstream: deepspeed 0.19.8: what AutoTP did not split is counted from the first peer of each group only, because
+    # the others hold the same. Experts are not split, but an EP group runs over the peers and each holds other experts:
+    # theirs are lost (3.9% of the norm of the tiny Mixtral at TP 2 x EP 2), and clipping is too weak.
+    # Remove when: get_grad_norm_direct counts expert groups on every peer.
     optimizer.get_grad_norm_direct = get_grad_norm_direct

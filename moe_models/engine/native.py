@@ -3,9 +3,9 @@
 :func:`register_deepspeed_moe` takes a model and gives it back; each rank keeps its own experts of the checkpoint. The
 model stays an HF model: ``generate``, gradient checkpointing and ``output_router_logits`` work as before.
 
-Two things about DeepSpeed 0.19.8 that the code below rests on (``moe/sharded_moe.py``):
+The code below relies on two facts about DeepSpeed 0.19.8 (``moe/sharded_moe.py``):
 
-- The gate uses nothing of its linear layer ``wg`` but the weight. So the HF router itself stands there: HF's recorder
+- The gate uses nothing of its linear layer ``wg`` but the weight. So ``wg`` can be the HF router itself: HF's recorder
   of router logits goes on finding it, and its weight exists once.
 - Both all-to-alls exchange buffers of [experts, capacity, hidden], so all ranks of an EP group need the same capacity.
   DeepSpeed agrees on it only where it drops nothing at top-2 and above; with dropping, or at top-1, ranks with unequal
@@ -25,6 +25,7 @@ from torch import nn
 
 from moe_models.config.layout import Layout
 from moe_models.config.moe_section import MoeLayer
+from moe_models.engine.blocks import split_gate_up
 from moe_models.errors import UserError
 from moe_models.families.table import Family, moe_blocks
 from moe_models.preflight.native import inexpressible
@@ -50,10 +51,13 @@ class SwiGLU(nn.Module):
 
 
 class NativeMoEBlock(nn.Module):
-    """What stands in the place of an HF MoE block: DeepSpeed's layer, and the block's shared expert beside it.
+    """What replaces an HF MoE block: DeepSpeed's layer, and the block's shared expert beside it.
 
     The shared expert and its gate are the HF modules (qwen2_moe has them); a residual MLP (prmoe) is inside the layer.
     """
+
+    is_native_layer = True
+    """The mark by which :mod:`moe_models.engine.blocks` knows it without importing DeepSpeed."""
 
     def __init__(self, moe: MoE, layer: MoeLayer, shared: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -66,25 +70,25 @@ class NativeMoEBlock(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]; hands the layer's balancing loss to the recorder, if there is one."""
         router = self.moe.deepspeed_moe.gate.wg
-        if router._forward_hooks:  # HF records router logits, and router_tap watches them: show them
+        # 1. DeepSpeed's gate uses only the router's weight. HF's recorder of router logits and our RouterTap hook the
+        # router itself, so it is called for them, and only then.
+        if router._forward_hooks:
             router(x_BTD)
+        # 2. Gate, dispatch, experts, combine.
         try:
             y_BTD, l_aux, _ = self.moe(x_BTD)
         finally:
-            # DeepSpeed's layer keeps it, and with it the graph of everything before: the activations of every decoder
-            # layer that gradient checkpointing recomputed (it leaves by an exception), until the next forward pass.
+            # DeepSpeed's layer keeps l_aux, and with it the graph of everything before: the activations of every
+            # decoder layer that gradient checkpointing recomputed (it leaves by an exception), until the next forward
+            # pass.
             self.moe.deepspeed_moe.l_aux = None
         if self.recorder is not None and l_aux.requires_grad:
             self.recorder.append(l_aux)
+        # 3. The shared expert, which every token visits.
         if "shared_expert" in self._modules:
             weight_BT1 = torch.sigmoid(self.get_submodule("shared_expert_gate")(x_BTD))
             y_BTD = y_BTD + weight_BT1 * self.get_submodule("shared_expert")(x_BTD)
         return cast(torch.Tensor, y_BTD)
-
-    def experts(self, projection: str) -> torch.Tensor:
-        """This rank's experts, stacked: [E_local, F, D] (gate, up) or [E_local, D, F] (down)."""
-        experts = self.moe.deepspeed_moe.experts.deepspeed_experts
-        return torch.stack([expert.get_submodule(f"{projection}_proj").weight.detach() for expert in experts])
 
 
 def register_deepspeed_moe(model: Any, layer: MoeLayer, family: Family) -> Any:
@@ -95,24 +99,39 @@ def register_deepspeed_moe(model: Any, layer: MoeLayer, family: Family) -> Any:
     Raises:
         UserError: if the layer cannot compute what the model's blocks compute, or the sizes do not fit.
     """
-    problems = inexpressible(layer, family, model.config.to_dict())
+    # 1. Refuse what the layer cannot compute.
+    config = model.config.to_dict()
+    problems = inexpressible(layer, family, config)
     if problems:
         raise UserError(problems)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    layout, config = Layout(world_size, layer.ep_size), model.config.to_dict()
+    # 2. Which experts this rank holds.
+    rank = 0
+    world_size = 1
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        world_size = dist.get_world_size()
+    layout = Layout(world_size, layer.ep_size)
+    # 3. A top-k of its own is part of the model from here on.
     if layer.k is not None:
-        model.config.num_experts_per_tok = model.num_experts_per_tok = layer.k
-    for name, E in zip(moe_blocks(family, config), family.expert_counts(config), strict=True):
-        parent, mine = model.get_submodule(name.rpartition(".")[0]), layout.experts_of(rank, E)
-        setattr(parent, name.rpartition(".")[2], _native_block(model.get_submodule(name), model.config, layer, mine))
+        model.config.num_experts_per_tok = layer.k
+        model.num_experts_per_tok = layer.k
+    # 4. Block after block, so that no more than one is in memory twice.
+    for path, E in zip(moe_blocks(family, config), family.expert_counts(config), strict=True):
+        native = _native_block(model.get_submodule(path), model.config, layer, layout.experts_of(rank, E))
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, native)
     return model
 
 
 def _native_block(block: nn.Module, config: Any, layer: MoeLayer, mine: range) -> NativeMoEBlock:
+    """A native block with the weights of Hugging Face's ``block``; ``mine`` are the experts that this rank holds."""
+    # 1. Sizes, from the weights.
     router: Any = block.get_submodule("gate")
-    gate_up_E2FD, down_EDF = block.get_parameter("experts.gate_up_proj"), block.get_parameter("experts.down_proj")
+    gate_up_E2FD = block.get_parameter("experts.gate_up_proj")
+    down_EDF = block.get_parameter("experts.down_proj")
     E, D, F = down_EDF.shape
     k = layer.k or config.num_experts_per_tok
+    # 2. DeepSpeed's layer; it makes one copy of the expert module for each local expert.
     moe = MoE(
         hidden_size=D,
         expert=SwiGLU(D, F, config.hidden_act, down_EDF),
@@ -128,17 +147,22 @@ def _native_block(block: nn.Module, config: Any, layer: MoeLayer, mine: range) -
         use_rts=layer.use_rts,
         top2_2nd_expert_sampling=layer.top2_2nd_expert_sampling,
     )
+    # 3. Its experts get this rank's share of the weights.
     with torch.no_grad():
+        gate_EFD, up_EFD = split_gate_up(gate_up_E2FD)
         for expert, e in zip(moe.deepspeed_moe.experts.deepspeed_experts, mine, strict=True):
-            expert.gate_proj.weight.copy_(gate_up_E2FD[e, :F])
-            expert.up_proj.weight.copy_(gate_up_E2FD[e, F:])
+            expert.gate_proj.weight.copy_(gate_EFD[e])
+            expert.up_proj.weight.copy_(up_EFD[e])
             expert.down_proj.weight.copy_(down_EDF[e])
+    # 4. Everything that is not spread stays the HF module: residual MLP, router, shared expert.
     if moe.use_residual:
-        moe.mlp, moe.coefficient = block.residual_mlp, block.coefficient
+        moe.mlp = block.residual_mlp
+        moe.coefficient = block.coefficient
     gate = moe.deepspeed_moe.gate
     router.top_k = k
     gate.wg = router
-    gate.routes = torch.zeros(2, dtype=torch.long, device=down_EDF.device)  # made, dropped: in training, so far
+    # Choices made and choices dropped, in training, since take_drop_rates last read them.
+    gate.routes = torch.zeros(2, dtype=torch.long, device=down_EDF.device)
     gate.register_forward_hook(_agree_on_capacity)
     shared = {name: module for name, module in block.named_children() if name.startswith("shared_expert")}
     return NativeMoEBlock(moe, layer, shared).train(block.training)
@@ -147,10 +171,17 @@ def _native_block(block: nn.Module, config: Any, layer: MoeLayer, mine: range) -
 def _agree_on_capacity(gate: Any, args: Any, routing: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward hook of the gate: the largest capacity of the EP group for all of it; counts routes made and dropped."""
     l_aux, capacity, num_experts, indices_KT, *rest = routing
+    # 1. Count: a dropped choice has the index -1.
     if gate.training and gate.drop_tokens:
+        made = torch.tensor(indices_KT.numel()).to(indices_KT.device)
+        dropped = (indices_KT < 0).sum()
         gate.routes = gate.routes.to(indices_KT.device)
-        gate.routes += torch.stack([torch.tensor(indices_KT.numel()).to(indices_KT.device), (indices_KT < 0).sum()])
-    if gate.ep_group is not None and dist.get_world_size(gate.ep_group) > 1 and (gate.drop_tokens or gate.k == 1):
+        gate.routes += torch.stack([made, dropped])
+    # 2. Agree, where the ranks of the group could come to different capacities.
+    spread = gate.ep_group is not None and dist.get_world_size(gate.ep_group) > 1
+    # upstream: deepspeed 0.19.8: it agrees on the capacity only where it drops nothing at top-2 and above; otherwise
+    # the all-to-all can hang. Remove when: its gates agree on the capacity in all modes.
+    if spread and (gate.drop_tokens or gate.k == 1):
         capacity = capacity.to(indices_KT.device, copy=True)
         dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=gate.ep_group)
     return (l_aux, capacity, num_experts, indices_KT, *rest)
@@ -195,27 +226,32 @@ def mean_aux_loss(recorded: list[torch.Tensor], blocks: Mapping[str, NativeMoEBl
 
 def take_drop_rates(blocks: Mapping[str, NativeMoEBlock]) -> dict[str, float]:
     """Share of routes dropped in training since the last call, by decoder layer, over all ranks (collective)."""
+    # 1. [L, 2]: choices made and choices dropped of each layer; the counters start again.
     routes_L2 = torch.stack([block.moe.deepspeed_moe.gate.routes for block in blocks.values()])
     for block in blocks.values():
         block.moe.deepspeed_moe.gate.routes = torch.zeros_like(routes_L2[0])
     if dist.is_initialized():
         dist.all_reduce(routes_L2)
-    layers = [name.split(".")[-2] for name in blocks]  # model.layers.<l>.mlp
-    return {
-        f"drop_rate/layer_{layer}": dropped / max(1, made)
-        for layer, (made, dropped) in zip(layers, routes_L2.tolist(), strict=True)
-    }
+    # 2. Their ratio, under the number of the decoder layer.
+    rates = {}
+    for path, (made, dropped) in zip(blocks, routes_L2.tolist(), strict=True):
+        layer = path.split(".")[-2]  # model.layers.<l>.mlp
+        rates[f"drop_rate/layer_{layer}"] = dropped / max(1, made)
+    return rates
 
 
 @contextmanager
 def exact_routing(model: nn.Module) -> Iterator[None]:
     """Inside, native layers compute what the exported HF model will: nothing is dropped or drawn at random."""
+    switches = ("drop_tokens", "use_rts", "top2_2nd_expert_sampling")
     gates = [block.moe.deepspeed_moe.gate for block in native_blocks(model).values()]
-    before = [(gate.drop_tokens, gate.use_rts, gate.top2_2nd_expert_sampling) for gate in gates]
+    before = [[getattr(gate, switch) for switch in switches] for gate in gates]
     for gate in gates:
-        gate.drop_tokens = gate.use_rts = gate.top2_2nd_expert_sampling = False
+        for switch in switches:
+            setattr(gate, switch, False)
     try:
         yield
     finally:
-        for gate, (drop_tokens, use_rts, sampling) in zip(gates, before, strict=True):
-            gate.drop_tokens, gate.use_rts, gate.top2_2nd_expert_sampling = drop_tokens, use_rts, sampling
+        for gate, values in zip(gates, before, strict=True):
+            for switch, value in zip(switches, values, strict=True):
+                setattr(gate, switch, value)

@@ -6,12 +6,15 @@ from typing import Any
 
 
 def decay_groups(model: Any, decayed: set[str]) -> list[dict[str, Any]]:
-    """The trained parameters of ``model``, those named in ``decayed`` apart; a group without any is left out."""
-    groups: dict[str, dict[str, Any]] = {
-        "decayed": {"name": "decayed", "params": []},  # by as much as the JSON or --weight_decay says
-        "spared": {"name": "spared", "params": [], "weight_decay": 0.0},
-    }
+    """The trained parameters of ``model`` as parameter groups of an optimizer.
+
+    Parameters named in ``decayed`` decay by as much as the JSON or ``--weight_decay`` says; the others are spared. A
+    group without parameters is left out.
+    """
+    decays: dict[str, Any] = {"name": "decayed", "params": []}
+    spared: dict[str, Any] = {"name": "spared", "params": [], "weight_decay": 0.0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups["decayed" if name in decayed else "spared"]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+            group = decays if name in decayed else spared
+            group["params"].append(parameter)
+    return [group for group in (decays, spared) if group["params"]]

@@ -25,6 +25,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+EXPERT_PROJECTIONS = ("gate", "up", "down")
+"""The three matrices of a SwiGLU expert: down(silu(gate(x)) * up(x))."""
+
 AUTOEP_EXPERT_NAMES = {"gate": "w1", "down": "w2", "up": "w3"}
 """Names AutoEP gives the three stacked expert weights, after ``{block}.experts.``."""
 

@@ -27,7 +27,7 @@ def check_native(ds: DsConfig, layer: MoeLayer, config: Mapping[str, Any], world
 
 
 def inexpressible(layer: MoeLayer, family: Family, config: Mapping[str, Any]) -> list[str]:
-    """One line for each thing in the model's MoE blocks that the layer cannot compute, or that a key asks in vain."""
+    """One line for each thing in the model's MoE blocks that the layer cannot compute, and each key without effect."""
     if family.no_native_layers is not None:
         return [f"moe.layer with model_type = {show(family.model_type)}: {family.no_native_layers}; {_INSTEAD}"]
     problems = []

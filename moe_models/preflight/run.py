@@ -60,9 +60,11 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
         problems += autoep_model_problems(ds.expert_parallel, model_config, world_size)
         problems += autoep_zero_problems(ds)
         problems += autoep_combination_problems(ds, ds.expert_parallel)
-        problems += versions.version_problems()
     if ds.moe.layer is not None:
         problems += check_native(ds, ds.moe.layer, model_config, world_size)
+
+    # 4. What is installed.
+    problems += versions.version_problems(expert_parallel=ds.expert_parallel is not None)
     return problems
 
 

@@ -15,11 +15,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from moe_models.config.moe_section import Balance
+from moe_models.engine.blocks import find_blocks, score_function
 from moe_models.families.table import Family
 from moe_models.routing.bias import SelectionBias
 from moe_models.routing.load import LoadStats, overall
 from moe_models.routing.losses import AuxLoss
-from moe_models.routing.tap import Observer, RouterTap, find_routers
+from moe_models.routing.tap import Observer, RouterTap
 
 LOAD_FILE = "expert_load.jsonl"
 """In the output folder: one line for each logged step or evaluation, with tokens per expert of every layer."""
@@ -27,7 +28,9 @@ LOAD_FILE = "expert_load.jsonl"
 
 BIAS_FILE = "selection_bias.json"
 """In a checkpoint, and beside an exported model that has no place for it: MoE block -> selection bias of each expert.
-Not a .safetensors: loaders take every such file of a folder for weights of the model."""
+
+Not a .safetensors: loaders take every such file of a folder for weights of the model.
+"""
 
 
 class Routing(TrainerCallback):
@@ -37,8 +40,12 @@ class Routing(TrainerCallback):
     """
 
     def __init__(self, family: Family, config: Mapping[str, Any], balance: Balance | None, aux_coef: float) -> None:
-        self._family, self._config, self._balance = family, config, balance
-        self._coefficients = {"aux_loss": aux_coef, "z_loss": balance.z_loss_coef} if balance else {}
+        self._family = family
+        self._config = config
+        self._balance = balance
+        self._coefficients: dict[str, float] = {}
+        if balance is not None:
+            self._coefficients = {"aux_loss": aux_coef, "z_loss": balance.z_loss_coef}
         self._tap: RouterTap | None = None
         self._group: Any = None
         self._peers: Any = None
@@ -51,29 +58,45 @@ class Routing(TrainerCallback):
     def attach(self, model: nn.Module, ep_size: int, device: Any, peers: Any = None) -> None:
         """Put the hooks into a model as it will be trained, that is after ``deepspeed.initialize``.
 
-        ``peers`` are the ranks that share a sequence (sequence parallelism), as a process group, or None.
+        Args:
+            model: the model inside the engine.
+            ep_size: ranks of one expert-parallel group, for the load of the ranks.
+            device: where the counters are kept.
+            peers: the process group of the ranks that share a sequence (sequence parallelism), or None.
         """
         from deepspeed.utils import groups
 
         if self._tap is not None:
             self._tap.close()
-        routers = find_routers(model, self._family, self._config)
-        # Tensor-parallel peers route the same tokens; every other rank its own.
+        # 1. Where to listen, and over which ranks to sum: tensor-parallel peers route the same tokens, every other
+        #    rank its own.
+        blocks = find_blocks(model)
         self._group = groups._get_sequence_data_parallel_group() if dist.is_initialized() else None
         self._peers = peers
-        experts, score_func = self._family.expert_counts(self._config), routers[0].score_func
-        self.stats = LoadStats([router.block for router in routers], experts, ep_size, score_func, device)
+        experts = self._family.expert_counts(self._config)
+        score_func = score_function(blocks[0])
+
+        # 2. The counters, always.
+        paths = [block.path for block in blocks]
+        self.stats = LoadStats(paths, experts, ep_size, score_func, device)
         observers: list[Observer] = [self.stats]
-        if self._balance is not None and any(self._coefficients.values()):
-            scope, per_layer = self._balance.scope, self._balance.per_layer
-            self.aux = AuxLoss(experts, score_func, scope, per_layer, self._group, peers)
+
+        # 3. What the JSON asks for.
+        balance = self._balance
+        if balance is not None and any(self._coefficients.values()):
+            self.aux = AuxLoss(experts, score_func, balance.scope, balance.per_layer, self._group, peers)
             observers.append(self.aux)
-        if self._balance is not None and self._balance.bias_update_rate:
-            self.bias = SelectionBias(routers, experts[0], self._balance.bias_update_rate, device)
-        self._tap = RouterTap(model, routers, *observers)
+        if balance is not None and balance.bias_update_rate:
+            self.bias = SelectionBias(blocks, experts[0], balance.bias_update_rate, device)
+        self._tap = RouterTap(model, blocks, *observers)
 
     def loss(self, inputs: Mapping[str, Any], micro_batches: int) -> torch.Tensor | float:
-        """The weighted balance terms of the training forward pass that just ended, over ``micro_batches`` of a step."""
+        """The weighted balance terms of the training forward pass that just ended.
+
+        Args:
+            inputs: the micro-batch, for its padding.
+            micro_batches: how many of them make one optimizer step; each gives its share.
+        """
         if self.aux is None:
             return 0.0
         total: torch.Tensor | float = 0.0
@@ -105,21 +128,34 @@ class Routing(TrainerCallback):
     def figures(self, logs: Mapping[str, Any], step: int, output_dir: str) -> dict[str, float]:
         """What to add to the Trainer's ``logs``; collective. Rank 0 appends the layers to ``expert_load.jsonl``."""
         training = "loss" in logs
-        evaluated = next((key for key in logs if key.startswith("eval") and key.endswith("_loss")), None)
+        evaluated = None
+        for key in logs:
+            if key.startswith("eval") and key.endswith("_loss"):
+                evaluated = key
+                break
         if self.stats is None or not (training or evaluated):
             return {}
-        # In evaluation sequence-parallel peers do not share a sequence: each routes all of it.
-        copies = 1 if training or self._peers is None else dist.get_world_size(self._peers)
+
+        # 1. Sum the counts over the ranks. In evaluation sequence-parallel peers do not share a sequence: each routes
+        #    all of it, and is counted once.
+        copies = 1
+        if self._peers is not None and not training:
+            copies = dist.get_world_size(self._peers)
         layers = self.stats.read(training, self._group, copies)
         if not layers:
             return {}
+
+        # 2. Every layer goes to the file.
         if not dist.is_initialized() or dist.get_rank() == 0:
             row = {"step": step, "split": "train" if training else "eval", "layers": [asdict(x) for x in layers]}
             with (Path(output_dir) / LOAD_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        prefix = "" if training or evaluated is None else evaluated.removesuffix("loss")
-        figures = {prefix + name: value for name, value in overall(layers).items()}
-        return {**figures, **self._terms()} if training else figures
+
+        # 3. Their summary goes to the log, in evaluation under its prefix.
+        if training:
+            return {**overall(layers), **self._terms()}
+        prefix = evaluated.removesuffix("loss") if evaluated else ""
+        return {prefix + name: value for name, value in overall(layers).items()}
 
     def _terms(self) -> dict[str, float]:
         """The unweighted balance terms, averaged over ranks and over the micro-batches since the last call."""
@@ -132,7 +168,8 @@ class Routing(TrainerCallback):
             if self._peers is not None:  # which hold shares of a term
                 mean *= dist.get_world_size(self._peers)
             figures[name] = mean.item()
-        self._logged, self._micro_batches = {}, 0
+        self._logged = {}
+        self._micro_batches = 0
         if self.bias is not None:
             figures["selection_bias_max"] = self.bias.bias_LE.abs().max().item()
         return figures

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from moe_models.errors import UserError
-from recipes.export import run as export_checkpoint
+from recipes.export import export_checkpoint
 from tests.checkpoint.test_export_faults import Clusters
 from tests.support import roundtrip
 

@@ -80,7 +80,7 @@ def slow_proof(source: str, out: str) -> int:
 
     checkpoint.HEARTBEAT_SECONDS, dist.broadcast_object_list = 0.05, counting
     try:
-        roundtrip.export_engine(engine, source, out, prove=lambda folder: time.sleep(0.5))
+        roundtrip.export_engine(engine, source, out, before_rename=lambda folder: time.sleep(0.5))
     finally:
         checkpoint.HEARTBEAT_SECONDS, dist.broadcast_object_list = before, original
     engine.destroy()

@@ -153,7 +153,7 @@ def test_loading_changes_no_bit(straight: Any, clusters: Clusters, model: Path, 
     shutil.copytree(folder / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
     where = (4, 3, "autoep", 4)
     loaded = train(clusters(4), model, data, tmp_path / "out", where, resume_from_checkpoint="true", max_steps=3)
-    run = runpy.run_path(str(ROOT / "recipes" / "export.py"))["run"]
+    run = runpy.run_path(str(ROOT / "recipes" / "export.py"))["export_checkpoint"]
     run(folder / "checkpoint-3", tmp_path / "offline", "5GB")
     assert largest_difference(loaded["folder"], tmp_path / "offline") == 0.0
 

@@ -162,7 +162,7 @@ def test_best_model_is_kept_and_exported(
     for step in (2, 6):
         state = json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())
         assert state["best_model_checkpoint"] == str(out / "checkpoint-2")
-    export = runpy.run_path(str(ROOT / "recipes" / "export.py"))["run"]
+    export = runpy.run_path(str(ROOT / "recipes" / "export.py"))["export_checkpoint"]
     export(out / "checkpoint-2", tmp_path / "best", "5GB")
     export(out / "checkpoint-6", tmp_path / "last", "5GB")
     assert largest_difference(result["folder"], tmp_path / "best") == 0.0

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from moe_models.families.table import FAMILIES
-from recipes.export import run as export_checkpoint
+from recipes.export import export_checkpoint
 from tests.support import parity, roundtrip
 from tests.support.cluster import Cluster
 from tests.support.roundtrip import assert_same_tensors, files_of, load_tensors

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moe_models.errors import UserError
+from moe_models.errors import UserError, run
 from recipes.export import main as export_main
 from tests.support import export_stress, roundtrip
 from tests.support.cluster import Cluster
@@ -118,7 +118,7 @@ def test_wrong_input_gets_one_line(
     monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint", str(checkpoint), "--output_dir", str(out)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        export_main()
+        run(export_main)
     lines = lines_of_refusal(caught.value.code, *capsys.readouterr())
     assert len(lines) == 1
     assert words in lines[0]

@@ -104,7 +104,7 @@ def check_left_behind(out: Path, *expected: str, undisturbed: str) -> None:
     assert found - {"model", "summary.json", "expert_load.jsonl"} == set(expected)
     if "model" in found:
         assert largest_difference(out / "model", undisturbed) == 0.0
-    export = runpy.run_path(str(ROOT / "recipes" / "export.py"))["run"]
+    export = runpy.run_path(str(ROOT / "recipes" / "export.py"))["export_checkpoint"]
     for name in expected:
         if name.startswith("checkpoint-"):
             offline = out.parent / f"offline-{name}"

@@ -253,8 +253,8 @@ def test_families_and_no_torch(tmp_path: Path) -> None:
     assert done.stdout.count("why") == len(TINY)
 
 
-def test_the_readme_s_rows_are_printed(run: Any) -> None:
-    page = (ROOT / "README.md").read_text()
+def test_the_rows_of_the_page_are_printed(run: Any) -> None:
+    page = (ROOT / "docs" / "layouts.md").read_text()
     rows = re.findall(r"^ ?\d  ZeRO-.*%$", page, re.M)
     assert len(rows) == 3
     out = run()[1]

@@ -48,7 +48,7 @@ def die_at(event: int) -> None:
 
 def export_in_child(checkpoint: Path, out: Path, event: int | None, seconds: float | None) -> bool:
     """Export in a forked child that dies at ``event`` or is killed after ``seconds``; whether it finished."""
-    from recipes.export import run
+    from recipes.export import export_checkpoint
 
     child = os.fork()
     if child == 0:
@@ -56,7 +56,7 @@ def export_in_child(checkpoint: Path, out: Path, event: int | None, seconds: flo
         if event is not None:
             die_at(event)
         try:
-            run(checkpoint, out, "20KB")
+            export_checkpoint(checkpoint, out, "20KB")
         except BaseException as error:
             print(error, file=sys.stderr, flush=True)
             os._exit(1)
@@ -73,10 +73,10 @@ def kill(first: str, second: str, work: str, random_kills: str) -> None:
     """Overwrite the export of one checkpoint by that of another, and die on the way, again and again."""
     import torch
 
-    from recipes.export import run
+    from recipes.export import export_checkpoint
 
     torch.set_num_threads(1)  # a forked child must not wait for threads that were not forked
-    run(Path(first), Path(work) / "warm", "20KB")  # and must not import for ten seconds
+    export_checkpoint(Path(first), Path(work) / "warm", "20KB")  # and must not import for ten seconds
     shutil.rmtree(Path(work) / "warm")
     out, previous = Path(work) / "model", Path(work) / ".model.previous"
     whole = []
@@ -223,7 +223,7 @@ def memory(work: str, stage: str, layers: str) -> None:
     """Peak growth of anonymous memory while a checkpoint of this size is exported with shards of 5 MB."""
     import torch
 
-    from recipes.export import run
+    from recipes.export import export_checkpoint
 
     give_freed_memory_back()
     folder = Path(work) / "checkpoint-1"
@@ -232,10 +232,10 @@ def memory(work: str, stage: str, layers: str) -> None:
     # The first export pays for everything that is imported or set up once.
     (Path(work) / "small").mkdir()
     write_checkpoint(Path(work) / "small", int(stage), 1)
-    run(Path(work) / "small", Path(work) / "small-out", "5MB")
+    export_checkpoint(Path(work) / "small", Path(work) / "small-out", "5MB")
     torch.set_num_threads(1)
     with peak_memory() as peak:
-        run(folder, Path(work) / "out", "5MB")
+        export_checkpoint(folder, Path(work) / "out", "5MB")
     size = sum(p.stat().st_size for p in (Path(work) / "out").glob("*.safetensors"))
     print(json.dumps({"growth": peak["growth"], "size": size}))
 

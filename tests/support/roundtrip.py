@@ -242,7 +242,7 @@ def _export_with_fault(engine: Any, source: str, out: str, fault: str) -> None:
         def prove(folder: Path) -> None:
             raise RuntimeError("planted")
 
-        export_engine(engine, source, out, prove=prove)
+        export_engine(engine, source, out, before_rename=prove)
     elif fault == "foreign folder":
         export_engine(engine, source, str(Path(out).parent))
     elif fault == "lost tensor":

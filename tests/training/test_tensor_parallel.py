@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from moe_models.errors import UserError
-from recipes.export import run as export_checkpoint
+from recipes.export import export_checkpoint
 from tests.checkpoint.test_resume import LOGGED, flags
 from tests.planner.test_traffic import check_live_run
 from tests.support import parity, roundtrip

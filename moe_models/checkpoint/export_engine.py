@@ -1,0 +1,54 @@
+"""From a live engine to a Hugging Face folder that is proven to be the trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_models.checkpoint.export import export
+from moe_models.checkpoint.from_engine import EngineSource
+from moe_models.checkpoint.proof import ExportProof, prove_folder, record_logits
+from moe_models.engine.native import exact_routing
+from moe_models.families.table import Family
+from moe_models.routing.callback import Routing
+
+
+def export_engine(
+    engine: Any, family: Family, config: Any, folder: Path, routing: Routing, **options: Any
+) -> ExportProof | None:
+    """Write the model of ``engine`` to ``folder``; every rank calls it.
+
+    The folder is reloaded with plain transformers and compared with the engine, bits and logits, before it gets its
+    name.
+
+    Args:
+        engine: the DeepSpeed engine.
+        family: the model's row of :data:`~moe_models.families.table.FAMILIES`.
+        config: the config to export, as it came in.
+        folder: where the finished folder appears, by rename.
+        routing: what watches and balances the routers. A selection bias that the architecture has no place for is
+            left out of the comparison and written beside the weights.
+        options: of :func:`~moe_models.checkpoint.export.export`.
+
+    Returns:
+        What was compared, on the writing rank; None on the others.
+
+    Raises:
+        ExportError: on every rank, with the reason; the folder that was there before is untouched.
+    """
+    # 1. What the engine answers to the probe, routed as the exported model will route.
+    with exact_routing(engine.module), routing.as_exported():
+        ids_BT, logits_BTV = record_logits(engine, config.vocab_size)
+
+    # 2. Every tensor from the rank that owns it; its fingerprint is taken there.
+    source = EngineSource(engine, family)
+    proofs: list[ExportProof] = []
+
+    # 3. The comparison, while the folder still has its staging name.
+    def prove(staged: Path) -> None:
+        proofs.append(prove_folder(staged, ids_BT, logits_BTV, source.fingerprints))
+        if routing.left_out:
+            routing.save(staged)
+
+    export(source, family, config, folder, before_rename=prove, **options)
+    return proofs[0] if proofs else None
