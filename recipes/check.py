@@ -147,7 +147,8 @@ def print_case(case: Case) -> None:
 
 def grid(case: Case, width: int) -> Iterator[RenderableType]:
     """One box for each rank, a row for each node; ranks of one colour share one copy of the experts."""
-    world_size, per_node = case.layout.world_size, case.gpus_per_node
+    world_size = case.layout.world_size
+    per_node = case.gpus_per_node
 
     # 1. How much fits on the screen: boxes side by side, and the first nodes with the last one.
     cell_width = len(f"rank {world_size - 1}")

@@ -229,7 +229,8 @@ def rows_of(plans: list[Plan]) -> list[Row]:
 
 def ranking_cells(plan: Plan) -> list[str]:
     """Batch, checkpointing, memory, whether it fits, and speed."""
-    prediction, work = plan.prediction, plan.case.work
+    prediction = plan.prediction
+    work = plan.case.work
     return [
         f"{work.micro_batch} x {work.accumulation}",
         "yes" if work.recompute else "no",
@@ -340,7 +341,8 @@ def _differ(first: Plan, second: Plan) -> bool:
 
 
 def _comparison(one: Row, other: Row) -> str:
-    first, second = one.first, other.first
+    first = one.first
+    second = other.first
     faster = _faster(first, second)
     spare = _spare_gib(first, second)
 
@@ -382,8 +384,10 @@ def _reason(part: str, first: Plan, second: Plan) -> str:
 
 
 def _reason_of_compute(first: Plan, second: Plan) -> str:
-    work, other_work = first.case.work, second.case.work
-    ep, other_ep = first.case.ds.ep_size, second.case.ds.ep_size
+    work = first.case.work
+    other_work = second.case.work
+    ep = first.case.ds.ep_size
+    other_ep = second.case.ds.ep_size
     if other_work.recompute and not work.recompute:
         return "no activation is computed twice"
     if work.micro_batch > other_work.micro_batch:
@@ -396,7 +400,8 @@ def _reason_of_compute(first: Plan, second: Plan) -> str:
 
 
 def _reason_of_reduce_gather(first: Plan, second: Plan) -> str:
-    ds, other = first.case.ds, second.case.ds
+    ds = first.case.ds
+    other = second.case.ds
     if other.zero_stage == 3 and ds.zero_stage < 3:
         return "ZeRO-3 gathers every weight for each pass"
     if ds.ep_size > other.ep_size:

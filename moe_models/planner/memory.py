@@ -175,7 +175,10 @@ def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
 
     ``reserved_gib`` is what the device needs outside torch's allocator.
     """
-    ds, sizes, states, work = case.ds, case.sizes, case.states, case.work
+    ds = case.ds
+    sizes = case.sizes
+    states = case.states
+    work = case.work
     stage = ds.zero_stage
 
     # 1. What is there all the time: weights, optimizer states, one or two reduce buckets.
@@ -281,7 +284,8 @@ def _weights(case: Case) -> int:
 
 def _gathered(case: Case) -> int:
     """Elements that ZeRO-3 holds whole where forward turns into backward (``partitioned_param_coordinator.py``)."""
-    sizes, states = case.sizes, case.states
+    sizes = case.sizes
+    states = case.states
     head = sizes.head_params
 
     # 1. What can be gathered at all, and the part of it in one layer. Experts that one rank holds alone are not.

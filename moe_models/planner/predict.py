@@ -32,7 +32,8 @@ class Prediction:
     @property
     def tokens(self) -> int:
         """Tokens of the step for each GPU (sequence and tensor-parallel peers share theirs)."""
-        work, layout = self.case.work, self.case.layout
+        work = self.case.work
+        layout = self.case.layout
         return work.micro_batch * work.length * work.accumulation // (layout.tp_size * layout.sp_size)
 
     @property

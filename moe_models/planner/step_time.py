@@ -82,7 +82,9 @@ class StepTime:
 
 def step_time(case: Case, device: Device) -> StepTime:
     """Seconds of one optimizer step of the slowest rank."""
-    ds, states, work = case.ds, case.states, case.work
+    ds = case.ds
+    states = case.states
+    work = case.work
 
     # 1. Compute, if the host keeps up.
     compute = work.accumulation * _compute(case, device)
@@ -136,7 +138,9 @@ def step_time(case: Case, device: Device) -> StepTime:
 
 def _compute(case: Case, device: Device) -> float:
     """Seconds of one micro-batch: matrix products, memory-bound kernels, and what the host needs."""
-    sizes, tokens, tp = case.sizes, case.tokens, case.layout.tp_size
+    sizes = case.sizes
+    tokens = case.tokens
+    tp = case.layout.tp_size
     again = case.work.compute_factor
     load = case.fullest_rank
     rate = device.matmul_tflops * 1e12
@@ -250,7 +254,8 @@ def _ranks_in_one_node(flow: Flow, case: Case) -> int:
 
 def _calls(flow: Flow, case: Case) -> int:
     """Calls that the flow's bytes are spread over in one step."""
-    sizes, work = case.sizes, case.work
+    sizes = case.sizes
+    work = case.work
     if flow.group == "EP":
         return 2 * sizes.moe_layers * work.accumulation
     if flow.group in ("TP", "SP"):

@@ -201,7 +201,9 @@ def _sharded_weights(case: Case) -> Iterator[Payload]:
 
     A model that fits into ``stage3_prefetch_bucket_size`` needs fewer.
     """
-    sizes, share, work = case.sizes, case.states.share, case.work
+    sizes = case.sizes
+    share = case.states.share
+    work = case.work
 
     # 1. Tensors of up to `threshold` elements are gathered once in a step and stay.
     threshold = case.zero_number("stage3_param_persistence_threshold", default=100_000, auto=10 * sizes.hidden)
@@ -234,7 +236,8 @@ def _tensor_parallel_sums(case: Case) -> Iterator[Payload]:
     """Sums over tensor-parallel peers (``module_inject/layers.py``, ``moe/ep_tp_dispatch.py``)."""
     if case.layout.tp_size == 1:
         return
-    sizes, work = case.sizes, case.work
+    sizes = case.sizes
+    work = case.work
     specs = layer_specs(case.ds.raw)
     column = case.tokens * work.element_bytes  # bytes of one number for each token
 
@@ -266,7 +269,8 @@ def _tensor_parallel_sums(case: Case) -> Iterator[Payload]:
 
 def _attention_heads(case: Case) -> Iterator[Payload]:
     """Ulysses (``runtime/sequence_parallel/ulysses_sp.py``): queries, keys, values to heads, outputs back."""
-    sizes, work = case.sizes, case.work
+    sizes = case.sizes
+    work = case.work
     if case.layout.sp_size == 1:
         return
     kv_heads = max(sizes.kv_heads, case.layout.sp_size)  # fewer than ranks are repeated first

@@ -41,7 +41,8 @@ def test_the_page_s_example_is_one(tmp_path: Path) -> None:
     (example,) = re.findall(r"```json\n(.*?)```", PAGE.read_text(), flags=re.S)
     path = tmp_path / "calibration.json"
     path.write_text(example)
-    device, plain = read_device("h200", [path]), read_device("h200")
+    device = read_device("h200", [path])
+    plain = read_device("h200")
     assert device.measured[0].startswith("2026-11-22")
     assert device.grouped_matmul_efficiency[0] == (128, 0.30)
     assert device.node["all_to_all"].pairs[-1] == (268435456, 330.0)

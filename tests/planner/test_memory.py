@@ -59,7 +59,9 @@ def test_live_step(
     """What lies still, and the gradients, exactly; the fullest moment of forward and backward within 8% (the
     optimizer's step is another one on CPU: torch's AdamW makes copies that DeepSpeed's kernel does not).
     """
-    config, (micro, length) = toy_config(stage, ep, accumulation), (4, 128)
+    config = toy_config(stage, ep, accumulation)
+    micro = 4
+    length = 128
     seen = clusters(2).run(peak_of_a_step, config, TOY, micro, length, recompute)
     said = moments(config, TOY, 2, micro_batch=micro, length=length, accumulation=accumulation, recompute=recompute)
     ds = from_raw(config)
@@ -92,7 +94,8 @@ def test_expert_groups_are_those_of_deepspeed() -> None:
         parameters = []
         for _ in range(count):
             parameter = torch.nn.Parameter(torch.empty(numel, device="meta"))
-            parameter.allreduce, parameter.group_name = False, "ep_size_2"  # type: ignore[attr-defined]
+            parameter.allreduce = False
+            parameter.group_name = "ep_size_2"
             parameters.append(parameter)
         groups = split_params_into_different_moe_groups_for_optimizer({"params": parameters, "name": "all"})
         real = [tuple(p.numel() for p in group["params"]) for group in groups if group["params"]]

@@ -138,7 +138,8 @@ def test_what_costs_what() -> None:
         case = Case.of(layout_of(stage, ep), Model.of(MIXTRAL_8X7B), gpus, batch, per_node, skew=skew)
         return predict(case, H200).time
 
-    inside, across = time(1, 8), time(1, 8, per_node=4)
+    inside = time(1, 8)
+    across = time(1, 8, per_node=4)
     assert across.all_to_all > 3 * inside.all_to_all
     assert time(1, 1).all_to_all == 0.0
     assert time(3, 1).reduce_gather > 2 * time(1, 8).reduce_gather

@@ -59,7 +59,8 @@ def test_live_run(
     tiny_checkpoints: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    source, path = tiny_checkpoints(model_type), write_config(tmp_path, stage, ep_size)
+    source = tiny_checkpoints(model_type)
+    path = write_config(tmp_path, stage, ep_size)
     check_live_run(clusters(WORLD), source, path, tmp_path, accumulation, recompute)
 
 
@@ -67,7 +68,8 @@ def check_live_run(
     cluster: Cluster, source: Path, path: Path, out: Path, accumulation: int, recompute: bool, padding: float = 0.01
 ) -> None:
     """Same groups; same bytes but for padding. Rows arrive unevenly, so bytes are averaged over the ranks."""
-    ds, world = load_ds_config(path), cluster.world_size
+    ds = load_ds_config(path)
+    world = cluster.world_size
     results = cluster.run(trace.traced_step, str(source), str(out), ds.deepspeed, accumulation, recompute)
     layout = ds.layout(world)
     made = {

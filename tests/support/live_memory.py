@@ -11,7 +11,7 @@ def peak_of_a_step(
 ) -> dict[str, int]:
     """Runs on every rank: bytes at the fullest moments of the second optimizer step of a bare DeepSpeed loop.
 
-    ``rest`` lies still between steps; ``gradients`` is what the last backward pass left beside it.
+    ``rest`` is there between steps too; ``gradients`` is what the last backward pass left beside it.
     """
     import copy
     import gc

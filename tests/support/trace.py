@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-LENGTH, MICRO_BATCH = 32, 2
+LENGTH = 32
+MICRO_BATCH = 2
 
 
 def traced_step(source: str, out: str, config: dict[str, Any], accumulation: int, recompute: bool) -> dict[str, Any]:
