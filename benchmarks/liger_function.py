@@ -1,12 +1,12 @@
 """Does Liger keep the function? Loss and gradient norm with and without each of its kernels, in fp32 and bf16.
 
-    python benchmarks/liger_function.py                  # one GPU; about a minute
-    python benchmarks/liger_function.py --model qwen3_moe --steps 10
+    python -m benchmarks.liger_function                  # one GPU; about a minute
+    python -m benchmarks.liger_function --model qwen3_moe --steps 10
 
-Plain PyTorch, plain AdamW, one process, no DeepSpeed: what differs is the kernel alone. In fp32 a kernel that computes
-the same function stays within the rounding of fp32. In bf16 two right implementations round differently, and training
-carries that on; so `eager attention`, a change of rounding and nothing else, stands beside Liger's as a yardstick, and
-every bf16 run is compared with fp32. Which kernels act where: docs/faster.md.
+Plain PyTorch, plain AdamW, one process, no DeepSpeed: only the kernel differs. In fp32 a kernel that computes the same
+function stays within the rounding of fp32. In bf16 two right implementations round differently, and training amplifies
+that. So every bf16 run is compared with fp32, and beside Liger's kernels there is a yardstick, `eager attention`: a
+change of rounding and nothing else. Which kernels act where: docs/faster.md.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from moe_models.errors import UserError, run
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 1792},
@@ -46,7 +47,8 @@ VARIANTS: dict[str, dict[str, bool]] = {
 def patched(model: Any, options: dict[str, bool]) -> Iterator[None]:
     """Liger's kernels in this model; what it puts into the modelling module is taken out afterwards."""
     module = importlib.import_module(type(model).__module__)
-    kept, forward = dict(vars(module)), type(model).forward
+    kept = dict(vars(module))
+    forward = type(model).forward
     if options:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -87,15 +89,17 @@ def train(model_type: str, variant: str, dtype: torch.dtype, steps: int, device:
     return seen
 
 
-def deviation(run: dict[str, list[float]], truth: dict[str, list[float]], name: str) -> tuple[float, float]:
+def deviation(figures: dict[str, list[float]], truth: dict[str, list[float]], name: str) -> tuple[float, float]:
     """(first step, largest) relative difference."""
-    each = [abs(a - b) / abs(b) for a, b in zip(run[name], truth[name], strict=True)]
+    each = [abs(ours - true) / abs(true) for ours, true in zip(figures[name], truth[name], strict=True)]
     return each[0], max(each)
 
 
-def main(words: list[str] | None = None) -> int:
+def main(words: list[str]) -> int:
     """Train every variant, print the table, keep the figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", choices=[*SHAPES, "both"], default="both")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
@@ -103,8 +107,7 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and any(VARIANTS[variant] for variant in args.variants):
-        print("error: --variants: Liger's kernels need a GPU; without one: plain, eager attention", file=sys.stderr)
-        return 2
+        raise UserError("--variants: Liger's kernels need a GPU; without one: plain, eager attention")
     results: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
     print("| model | dtype | variant | loss, first step | loss, worst | gradient norm, first | aux loss, worst |")
     print("|---|---|---|---|---|---|---|")
@@ -112,10 +115,11 @@ def main(words: list[str] | None = None) -> int:
         truth = train(model_type, "plain", torch.float32, args.steps, device)
         for dtype in (torch.float32, torch.bfloat16):
             for variant in args.variants:
-                run = train(model_type, variant, dtype, args.steps, device)
-                results[f"{model_type} {dtype} {variant}"] = run
-                first, worst = deviation(run, truth, "loss")
-                norm, aux = deviation(run, truth, "grad_norm")[0], deviation(run, truth, "aux_loss")[1]
+                figures = train(model_type, variant, dtype, args.steps, device)
+                results[f"{model_type} {dtype} {variant}"] = figures
+                first, worst = deviation(figures, truth, "loss")
+                norm, _ = deviation(figures, truth, "grad_norm")
+                _, aux = deviation(figures, truth, "aux_loss")
                 short = str(dtype).removeprefix("torch.")
                 cells = f"{first:.1e} | {worst:.1e} | {norm:.1e} | {aux:.1e}"
                 print(f"| {model_type} | {short} | {variant} | {cells} |", flush=True)
@@ -125,4 +129,4 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

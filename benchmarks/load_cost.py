@@ -1,10 +1,13 @@
 """Processor time that counting the routers' choices takes of a training step; the figures of benchmarks/balance.md.
 
-OMP_NUM_THREADS=1 python -m benchmarks.load_cost
+    OMP_NUM_THREADS=1 python -m benchmarks.load_cost
+
+Forward and backward passes of small Mixtrals on the CPU, one line for each size.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from typing import Any
 
@@ -12,17 +15,21 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_models.engine.blocks import find_blocks
+from moe_models.errors import run
 from moe_models.routing.load import LoadStats
 from moe_models.routing.tap import RouterTap
 
 STEPS = 5
+SIZES = ((256, 512, 8, 512), (512, 1024, 8, 1024), (512, 256, 64, 512))
+"""(hidden size, expert FFN size, experts, tokens)"""
 
 
 class Timed:
     """LoadStats with a clock."""
 
     def __init__(self, stats: LoadStats) -> None:
-        self.stats, self.spent = stats, 0.0
+        self.stats = stats
+        self.spent = 0.0
 
     def observe(self, *args: Any) -> None:
         """Count, and say how long it took."""
@@ -44,7 +51,8 @@ def measure(width: int, expert_width: int, experts: int, tokens: int) -> None:
     ids = torch.randint(0, 1000, (1, tokens))
     for step in range(STEPS + 1):
         if step == 1:  # the first warms up
-            timed.spent, start = 0.0, time.process_time()
+            timed.spent = 0.0
+            start = time.process_time()
         model(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad()
     total = time.process_time() - start
@@ -55,7 +63,15 @@ def measure(width: int, expert_width: int, experts: int, tokens: int) -> None:
     )
 
 
-if __name__ == "__main__":
+def main(words: list[str]) -> int:
+    """Measure every size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(words)
     torch.manual_seed(0)
-    for sizes in ((256, 512, 8, 512), (512, 1024, 8, 1024), (512, 256, 64, 512)):
+    for sizes in SIZES:
         measure(*sizes)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -21,6 +21,10 @@ GPU_LOADER: dict[str, Any] = {"dataloader_num_workers": 2, "accelerator_config":
 that took 2 to 3% of the time), and copies from pinned memory for which the host does not wait."""
 
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_TEXT_TYPES = ("string", "large_string")
+_LIST_TYPES = ("list", "large_list", "struct")
+_MEANT = {"messages": "a list of turns", "input_ids": "a list of token ids"}
+"""Columns that hold lists; the others hold text, or turns of a conversation."""
 
 
 def load_rows(name: str, *, config: str | None = None, split: str = "train", streaming: bool = False) -> Any:
@@ -36,42 +40,60 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train", str
     Raises:
         UserError: if nothing can be read, the split does not exist, there is no row, or no known format fits.
     """
-    import datasets
-
-    path = Path(name)
     where = f"data set {name}, split {split!r}"
+    # 1. Read the split, and its first row: a file may be damaged, and streamed rows are not read before.
     try:
-        if path.is_file():
-            _require_split(where, split, ["train"])
-            options = _text_options([path])
-            reader = _READERS[path.suffix]
-            rows = datasets.load_dataset(reader, data_files=str(path), split="train", streaming=streaming, **options)
-        elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-            _require_split(where, split, list(loaded) if isinstance(loaded, dict) else ["train"])
-            rows = loaded[split] if isinstance(loaded, dict) else loaded
-        else:
-            options = _text_options(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else {}
-            rows = datasets.load_dataset(name, name=config, split=split, streaming=streaming, **options)
+        rows = _read(where, name, config, split, streaming)
         first = next(iter(rows), None)
     except UserError:
         raise
     except Exception as error:
-        # datasets wraps the parser's own words, which say where in the file
-        if "corresponds to no data" in str(error):  # what datasets makes of a file without rows
-            raise UserError(_no_rows(where)) from error
-        reason = str(error.__cause__ or error)
-        reason = next((line for line in reason.splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{where}: cannot be read ({reason[:200]})") from error
+        raise UserError(_why_not(where, error)) from error
     if first is None:
         raise UserError(_no_rows(where))
+
+    # 2. Which format is it? The first one whose columns are there.
     fitting = [columns for columns in FORMATS.values() if set(columns) <= set(first)]
     if not fitting:
         known = "; ".join(f"{label}: {', '.join(columns)}" for label, columns in FORMATS.items())
         raise UserError(f"data set {name}: has columns {', '.join(first)}; one of these is needed: {known}")
+
+    # 3. What is in these columns, as far as it is known.
     if not streaming:
         _refuse_wrong_values(where, rows, fitting[0])
     return rows
+
+
+def _read(where: str, name: str, config: str | None, split: str, streaming: bool) -> Any:
+    """The rows of a file, of a folder that ``save_to_disk`` wrote, of another folder, or of a hub id."""
+    import datasets
+
+    path = Path(name)
+    if path.is_file():
+        _require_split(where, split, ["train"])
+        reader = _READERS[path.suffix]
+        options = _text_options([path])
+        return datasets.load_dataset(reader, data_files=str(path), split="train", streaming=streaming, **options)
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        loaded = datasets.load_from_disk(str(path))
+        if isinstance(loaded, dict):
+            _require_split(where, split, list(loaded))
+            return loaded[split]
+        _require_split(where, split, ["train"])
+        return loaded
+    options = {}
+    if path.is_dir():
+        options = _text_options(file for file in path.rglob("*") if file.is_file())
+    return datasets.load_dataset(name, name=config, split=split, streaming=streaming, **options)
+
+
+def _why_not(where: str, error: Exception) -> str:
+    """One line for an exception of ``datasets``, which wraps the parser's own words: those say where in the file."""
+    if "corresponds to no data" in str(error):  # what datasets makes of a file without rows
+        return _no_rows(where)
+    lines = str(error.__cause__ or error).splitlines()
+    reason = next((line for line in lines if line.strip()), type(error).__name__)
+    return f"{where}: cannot be read ({reason[:200]})"
 
 
 def _no_rows(where: str) -> str:
@@ -79,37 +101,43 @@ def _no_rows(where: str) -> str:
 
 
 def _require_split(where: str, split: str, there: list[str]) -> None:
+    """Raise UserError if ``split`` is not one of those that are there."""
     if split not in there:
         raise UserError(f"{where}: no such split; it has {', '.join(map(repr, there))}")
 
 
 def _text_options(paths: Iterable[Path]) -> dict[str, Any]:
     """One row per file, not per line, where all files are .txt."""
-    return {"sample_by": "document"} if {path.suffix for path in paths} == {".txt"} else {}
+    suffixes = {path.suffix for path in paths}
+    return {"sample_by": "document"} if suffixes == {".txt"} else {}
 
 
 def _refuse_wrong_values(where: str, rows: Any, columns: tuple[str, ...]) -> None:
-    """Nulls, and text that is something else, which the tokenizer would meet in the middle of its work."""
+    """Raise UserError for nulls and for values of another type, on which the tokenizer would fail halfway."""
     for column in columns:
-        stored = rows.with_format("arrow")[column] if rows._indices is not None else rows.data.column(column)
+        if rows._indices is None:
+            stored = rows.data.column(column)
+        else:  # a selection of rows: the table below it may hold nulls that are not selected
+            stored = rows.with_format("arrow")[column]
         nulls = stored.null_count
         if nulls:
             raise UserError(f"{where}: {column} is null in {nulls} of {len(rows)} rows; remove them")
         kind = str(stored.type)
-        allowed = ("string", "large_string", "list", "large_list", "struct")
-        if not kind.startswith(allowed[2:] if column in ("messages", "input_ids") else allowed):
-            wanted = {"messages": "a list of turns", "input_ids": "a list of token ids"}.get(column, "text")
-            raise UserError(f"{where}: {column} holds {kind}; it must be {wanted}")
+        allowed = _LIST_TYPES if column in _MEANT else (*_TEXT_TYPES, *_LIST_TYPES)
+        if not kind.startswith(allowed):
+            raise UserError(f"{where}: {column} holds {kind}; it must be {_MEANT.get(column, 'text')}")
 
 
 def warnings_for_rows(given: Any, prepared: Any, args: Any) -> list[str]:
-    """What TRL took from the ``given`` rows when it ``prepared`` them for training with ``args`` (an SFTConfig).
+    """What was lost when TRL ``prepared`` the ``given`` rows for training with ``args`` (an SFTConfig).
 
     Raises UserError if nothing is left. Streamed rows are not known yet; packing cuts and drops nothing.
     """
     if args.packing or args.max_length is None or not hasattr(prepared, "__len__"):
         return []
     lines = []
+
+    # 1. Rows without a token to learn: their completion begins beyond max_length.
     dropped = len(given) - len(prepared)
     if dropped:
         lines.append(
@@ -118,7 +146,8 @@ def warnings_for_rows(given: Any, prepared: Any, args: Any) -> list[str]:
         )
     if len(prepared) == 0:
         raise UserError(f"{lines[0]}; raise --max_length, or look at where the completions begin")
-    # A row of exactly max_length tokens counts too: its original length is no longer known.
+
+    # 2. Rows that were cut. One of exactly max_length tokens counts too: its original length is no longer known.
     full = sum(len(ids) >= args.max_length for ids in prepared["input_ids"])
     if full:
         lines.append(

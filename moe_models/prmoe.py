@@ -1,14 +1,14 @@
 """PR-MoE (pyramid-residual mixture of experts, arXiv 2201.05596) as a Hugging Face model of our own.
 
-transformers has no such architecture, so this one is Mixtral's with two additions, each computed as DeepSpeed does:
+transformers has no such architecture, so this one is Mixtral's with two additions. Both are computed as DeepSpeed does:
 
 - *residual* (``use_residual``): a dense MLP beside the experts, y = c0 experts(x) + c1 mlp(x), where (c0, c1) is the
   softmax of a linear function of x (``deepspeed.moe.layer.MoE``);
 - *pyramid*: ``num_local_experts`` is a list, the experts of each layer; later layers should have more.
 
-With one expert per token its output is weighed by its probability, with more by their share, as DeepSpeed's gate does.
-This is the plain model that runs in one process; ``moe_models/engine/native.py`` spreads it. To load a checkpoint of
-it::
+With one expert per token its output is weighted by its probability, with more by their shares, as in DeepSpeed's gate.
+This is the plain model, which runs in one process; ``moe_models/engine/native.py`` spreads its experts over ranks. To
+load a checkpoint::
 
     import moe_models.prmoe
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -49,15 +49,17 @@ class PRMoEConfig(MixtralConfig):  # type: ignore[misc]
     num_local_experts: int | list[int] = 8
     use_residual: bool = True
     how_to_load: str = "import moe_models.prmoe (github: moe-recipes), then AutoModelForCausalLM.from_pretrained"
-    """For whoever finds a folder of this model, in its config.json."""
+    """Written to config.json, for a reader who finds a folder of this model."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.router_jitter_noise:
             raise ValueError("router_jitter_noise: prmoe has none; set it to 0")
-        counts, layers = self.num_local_experts, self.num_hidden_layers
+        counts = self.num_local_experts
+        layers = self.num_hidden_layers
         each = counts if isinstance(counts, list) else [counts] * layers
-        if len(each) != layers or not all(isinstance(n, int) and n >= self.num_experts_per_tok for n in each):
+        enough = all(isinstance(count, int) and count >= self.num_experts_per_tok for count in each)
+        if len(each) != layers or not enough:
             raise ValueError(
                 f"num_local_experts = {counts}: must be a whole number of at least num_experts_per_tok = "
                 f"{self.num_experts_per_tok}, or a list of {layers} of them, one for each layer"
@@ -65,14 +67,15 @@ class PRMoEConfig(MixtralConfig):  # type: ignore[misc]
 
 
 class PRMoERouter(MixtralTopKRouter):  # type: ignore[misc]
-    """Softmax over all experts and the k largest; normalised to their sum if there is more than one.
+    """Softmax over all experts, then the K largest; scaled to sum to 1 if K is more than one.
 
-    In fp32 whatever the model's dtype, as DeepSpeed's gate, so that native layers choose the same experts.
+    In fp32 whatever the model's dtype, as in DeepSpeed's gate, so that native layers choose the same experts.
     """
 
     def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[..., D] -> logits [T, E], weights [T, K], experts [T, K]"""
-        logits_TE = nn.functional.linear(x_BTD.reshape(-1, self.hidden_dim).float(), self.weight.float())
+        x_TD = x_BTD.reshape(-1, self.hidden_dim)
+        logits_TE = nn.functional.linear(x_TD.float(), self.weight.float())
         weights_TK, experts_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
         if self.top_k > 1:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
@@ -80,7 +83,7 @@ class PRMoERouter(MixtralTopKRouter):  # type: ignore[misc]
 
 
 class DenseMLP(nn.Module):
-    """The MLP that every token passes: down(act(gate(x)) * up(x)), of an expert's size."""
+    """The MLP that every token passes: down(act(gate(x)) * up(x)), as large as an expert."""
 
     def __init__(self, config: PRMoEConfig) -> None:
         from transformers.activations import ACT2FN
@@ -93,7 +96,8 @@ class DenseMLP(nn.Module):
 
     def forward(self, x_D: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]"""
-        return cast(torch.Tensor, self.down_proj(self.act_fn(self.gate_proj(x_D)) * self.up_proj(x_D)))
+        hidden_F = self.act_fn(self.gate_proj(x_D)) * self.up_proj(x_D)
+        return cast(torch.Tensor, self.down_proj(hidden_F))
 
 
 class PRMoESparseMoeBlock(nn.Module):
@@ -101,20 +105,28 @@ class PRMoESparseMoeBlock(nn.Module):
 
     def __init__(self, config: PRMoEConfig, layer: int) -> None:
         super().__init__()
+        # Mixtral's modules read one number of experts from the config.
         own = copy.copy(config)
         if isinstance(config.num_local_experts, list):
             own.num_local_experts = config.num_local_experts[layer]
         self.gate = PRMoERouter(own)
         self.experts = MixtralExperts(own)
-        self.experts.config = config  # where transformers looks for the implementation, which may change
+        # upstream: transformers 5.20.2: experts look up their implementation in config._experts_implementation at every
+        # call, and set_experts_implementation() changes it in the model's config, not in copies. Remove when: it is
+        # passed to the module.
+        self.experts.config = config
         if config.use_residual:
             self.residual_mlp = DenseMLP(config)
             self.coefficient = nn.Linear(config.hidden_size, 2)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]"""
+        # 1. The router chooses K experts for each token.
         _, weights_TK, experts_TK = self.gate(x_BTD)
-        y_BTD = self.experts(x_BTD.reshape(-1, x_BTD.shape[-1]), experts_TK, weights_TK).view_as(x_BTD)
+        # 2. Their weighted sum.
+        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        y_BTD = self.experts(x_TD, experts_TK, weights_TK).view_as(x_BTD)
+        # 3. Residual: the dense MLP computes every token too; two coefficients per token mix both.
         if "coefficient" in self._modules:
             share_BT2 = self.coefficient(x_BTD).softmax(-1)
             y_BTD = y_BTD * share_BT2[..., 0:1] + self.residual_mlp(x_BTD) * share_BT2[..., 1:]
@@ -122,10 +134,10 @@ class PRMoESparseMoeBlock(nn.Module):
 
 
 class PRMoEDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
-    """Mixtral's, around another block."""
+    """Mixtral's layer around another MoE block."""
 
     def __init__(self, config: PRMoEConfig, layer_idx: int) -> None:
-        GradientCheckpointingLayer.__init__(self)
+        GradientCheckpointingLayer.__init__(self)  # not Mixtral's own, which would build its MoE block
         self.hidden_size = config.hidden_size
         self.self_attn = MixtralAttention(config, layer_idx)
         self.mlp = PRMoESparseMoeBlock(config, layer_idx)
@@ -133,8 +145,10 @@ class PRMoEDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+# upstream: transformers 5.20.2: a model may use grouped experts only if "@use_experts_implementation" is in the source
+# file of its class; ours inherits the decorated class from Mixtral's file. Remove when: it looks at the modules.
 class _FusedExperts:
-    """Lets transformers take its grouped experts: it looks for their decorator in the source file of the model."""
+    """Says to transformers that its implementations of experts (grouped matmul, for one) may be used."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -142,11 +156,12 @@ class _FusedExperts:
 
 
 class PRMoEModel(_FusedExperts, MixtralModel):  # type: ignore[misc]
-    """Mixtral's decoder with these layers."""
+    """Mixtral's decoder with the layers above."""
 
     config_class = PRMoEConfig
 
     def __init__(self, config: PRMoEConfig) -> None:
+        # Mixtral's constructor builds Mixtral's layers; it gets a config without any.
         without_layers = copy.copy(config)
         without_layers.num_hidden_layers = 0
         super().__init__(without_layers)
@@ -156,12 +171,12 @@ class PRMoEModel(_FusedExperts, MixtralModel):  # type: ignore[misc]
 
 
 class PRMoEForCausalLM(_FusedExperts, MixtralForCausalLM):  # type: ignore[misc]
-    """Language model. Its auxiliary loss is the mean over layers of Mixtral's; balanced, each is top-k."""
+    """Language model. Its auxiliary loss is the mean of Mixtral's loss over layers; where balanced, it is K."""
 
     config_class = PRMoEConfig
 
     def __init__(self, config: PRMoEConfig) -> None:
-        super(MixtralForCausalLM, self).__init__(config)
+        super(MixtralForCausalLM, self).__init__(config)  # not Mixtral's own, which would build a MixtralModel
         self.model = PRMoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -179,21 +194,30 @@ class PRMoEForCausalLM(_FusedExperts, MixtralForCausalLM):  # type: ignore[misc]
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """As in Mixtral, but for the auxiliary loss."""
-        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, output_router_logits=wanted, **kwargs)
+        """As in Mixtral, except for the auxiliary loss."""
+        # 1. Hidden states, and the logits of the positions that are asked for (0: all).
+        with_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, output_router_logits=with_routers, **kwargs
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None if labels is None else self.loss_function(logits_BTV, labels, self.vocab_size, **kwargs)
+
+        # 2. Cross-entropy.
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits_BTV, labels, self.vocab_size, **kwargs)
+
+        # 3. The auxiliary loss, layer by layer: layers differ in their number of experts, so they cannot be pooled.
         aux_loss = None
-        if wanted:  # layers differ in their number of experts, so they cannot be pooled
-            k = self.num_experts_per_tok
-            of_layers = [
-                load_balancing_loss_func((logits_TE,), logits_TE.shape[-1], k, attention_mask)
-                for logits_TE in outputs.router_logits
-            ]
+        if with_routers:
+            of_layers = []
+            for logits_TE in outputs.router_logits:
+                E = logits_TE.shape[-1]
+                of_layers.append(load_balancing_loss_func((logits_TE,), E, self.num_experts_per_tok, attention_mask))
             aux_loss = torch.stack(of_layers).mean()
-            loss = None if loss is None else loss + self.router_aux_loss_coef * aux_loss
+            if loss is not None:
+                loss = loss + self.router_aux_loss_coef * aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -207,7 +231,7 @@ class PRMoEForCausalLM(_FusedExperts, MixtralForCausalLM):  # type: ignore[misc]
 
 AutoConfig.register(MODEL_TYPE, PRMoEConfig, exist_ok=True)
 AutoModelForCausalLM.register(PRMoEConfig, PRMoEForCausalLM, exist_ok=True)
-# On disk its experts lie one by one, under Mixtral's names.
+# On disk each expert has tensors of its own, under Mixtral's hub names.
 register_checkpoint_conversion_mapping(
     MODEL_TYPE, copy.deepcopy(get_checkpoint_conversion_mapping("mixtral")), overwrite=True
 )

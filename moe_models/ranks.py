@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 
-RANK = int(os.environ.get("RANK", "0"))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-
 
 def rank() -> int:
     """This process among all of the run; 0 without a launcher."""

@@ -37,8 +37,10 @@ from moe_models.checkpoint.proof import ExportProof
 from moe_models.checkpoint.resume import any_layout
 from moe_models.checkpoint.source import is_writer
 from moe_models.checkpoint.whole_checkpoints import WholeCheckpoints, last_checkpoint
+from moe_models.config.layout import Degrees, autoep_section
 from moe_models.config.moe_section import Balance
 from moe_models.engine.autoep import check_replaced, register_presets, restore_rotary_buffers
+from moe_models.engine.blocks import find_blocks
 from moe_models.engine.finite import FiniteWatch, TrainingStoppedError
 from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
 from moe_models.engine.native import mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
@@ -49,7 +51,7 @@ from moe_models.engine.weight_decay import decay_groups
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
 from moe_models.families.table import FAMILIES, Family
-from moe_models.preflight.run import reentrant_problems
+from moe_models.preflight.flags import reentrant_problems
 from moe_models.routing.callback import Routing
 from moe_models.routing.choice import Balancing, Source, choose_balancing
 
@@ -115,8 +117,7 @@ class ExpertParallelTraining(Trainer):
         # 3. Parts that need the Trainer's arguments.
         self.finite = FiniteWatch(self.args.device)
         self.args.logging_nan_inf_filter = False  # HF would log a running average instead of a NaN
-        if self._deepspeed_json.get("sequence_parallel_size", 1) > 1:
-            self.ulysses = self._start_ulysses(model)
+        self.ulysses = self._start_ulysses(model)
         self.native = native_blocks(model)
         self._drops_tokens = any(block.layer.drop_tokens for block in self.native.values())
 
@@ -125,7 +126,7 @@ class ExpertParallelTraining(Trainer):
         config = self.source_config.to_dict()
         self.routing = Routing(self.family, config, self.balancing.balance, self.balancing.coefficient)
         self.add_callback(self.routing)
-        self._sizes = None if self.family.model_type == "prmoe" else model_sizes(config)
+        self._sizes = model_sizes(config) if self.family.counts_flops else None
 
     @property
     def _deepspeed_json(self) -> dict[str, Any]:
@@ -135,10 +136,16 @@ class ExpertParallelTraining(Trainer):
         json: dict[str, Any] = self.args.hf_deepspeed_config.config
         return json
 
-    def _start_ulysses(self, model: Any) -> Ulysses:
+    def _asked_degrees(self) -> Degrees:
+        """The degrees of parallelism that the JSON asks for; without DeepSpeed all are 1."""
+        return Degrees.from_json(self._deepspeed_json)
+
+    def _start_ulysses(self, model: Any) -> Ulysses | None:
+        size = self._asked_degrees().sp
+        if size == 1:
+            return None
         if getattr(self, "padding_free", False):
             raise ValueError("padding-free batches and packing by documents: not with sequence_parallel_size")
-        size = self._deepspeed_json["sequence_parallel_size"]
         return Ulysses(model, size, self.args.per_device_train_batch_size, self.accelerator)
 
     def _choose_balancing(self, model: Any, balance: Balance | None) -> Balancing:
@@ -153,7 +160,7 @@ class ExpertParallelTraining(Trainer):
             coefficient=getattr(self, "router_aux_loss_coef", coefficient),
             model_has_loss=model_has_loss,
             native_layers_balance=any(block.layer.aux_loss == "layer" for block in self.native.values()),
-            layers_differ=self.family.model_type == "prmoe",
+            layers_differ=not self.family.pools_layers,
             sequence_parallel=self.ulysses is not None,
             trainer_weighs_it=hasattr(self, "aux_loss_enabled"),
         )
@@ -186,13 +193,10 @@ class ExpertParallelTraining(Trainer):
 
     def _attach_routing(self) -> None:
         """Check that AutoEP built what the JSON asks for, and watch the routers as they will be trained."""
-        section = self._deepspeed_json.get("expert_parallel", {})
-        ep_size = 1
-        if section.get("enabled"):
-            ep_size = section.get("autoep_size", 1)
-            check_replaced(self.model, self.family, self.source_config.to_dict(), ep_size)
-        for block in self.native.values():
-            ep_size = block.layer.ep_size
+        if autoep_section(self._deepspeed_json) is not None:
+            config = self.source_config.to_dict()
+            check_replaced(self.model, self.family, config, self._asked_degrees().ep)
+        ep_size = max(block.ep_size for block in find_blocks(self.model))
         peers = self.ulysses.group if self.ulysses else None
         self.routing.attach(self.model, ep_size, self.args.device, peers)
 

@@ -20,9 +20,9 @@ A ds_config runs through MoETrainer as users run it; baselines by name:
     bare:FILE.json   a bare deepspeed.initialize loop with that JSON
 
 `+liger`, `+checkpointing`, `+compile` and `+KEY.KEY=VALUE` of the JSON change a layout. Weights are random, also with
---model_name_or_path, of which only config.json is read: routers then route near uniformly, and `expert load` says how
-near. Timed are the ends of optimizer steps, clipping and all; the profile is of further steps. Exit code 1 says that a
-row has no figures; the others do.
+--model_name_or_path, of which only config.json is read: routers then route near uniformly, and the column `expert load`
+shows how near. Times are taken between the ends of optimizer steps, clipping included; the profile is of further steps.
+Exit code 1: a row has no figures; the others have theirs.
 """
 
 from __future__ import annotations
@@ -37,32 +37,33 @@ from typing import Any
 from moe_models.bench.layouts import read_layouts
 from moe_models.bench.processes import make_jobs, measure
 from moe_models.bench.table import finish_rows, table, write_report
-from moe_models.errors import UserError, exit_with
+from moe_models.errors import Problems, UserError, run
 
 
-def main(words: list[str] | None = None) -> int:
+def main(words: list[str]) -> int:
     """Parse, check, measure row by row, report."""
     args = parse(words)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes below end with this one
-    try:
-        with tempfile.TemporaryDirectory(prefix="moe-bench-") as scratch:
-            model_config = read_config(args)
-            check_numbers(args, model_config)
-            layouts = read_layouts(args.deepspeed, model_config, args.num_gpus, Path(scratch))
-            if any(layout.liger for layout in layouts):
-                check_liger()
-            jobs = make_jobs(args, layouts, model_config, Path(scratch))
+    with tempfile.TemporaryDirectory(prefix="moe-bench-") as name:
+        scratch = Path(name)
+        # 1. Everything that can be refused before a process is started.
+        model_config = read_config(args)
+        check_numbers(args, model_config)
+        layouts = read_layouts(args.deepspeed, model_config, args.num_gpus, scratch)
+        if any(layout.liger for layout in layouts):
+            check_liger()
 
-            def report(rows: list[dict[str, Any]]) -> None:
-                finish_rows(rows, model_config, args.num_gpus)
-                write_report(Path(args.output_dir), rows, vars(args), model_config)
+        # 2. The rows. The report is written after each, so that a call that is cut short leaves what it had.
+        def report(rows: list[dict[str, Any]]) -> None:
+            finish_rows(rows, model_config, args.num_gpus)
+            write_report(Path(args.output_dir), rows, vars(args), model_config)
 
-            rows = measure(jobs, args, Path(scratch), report)
-    except UserError as error:
-        exit_with(error)
+        jobs = make_jobs(args, layouts, model_config, scratch)
+        rows = measure(jobs, args, scratch, report)
     print(table(rows))
     print(f"written: {args.output_dir}/bench.json, bench.md, bench.png, calibration.json")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+    complete = all(row["status"] == "ok" for row in rows)
+    return 0 if complete else 1
 
 
 def check_liger() -> None:
@@ -70,11 +71,12 @@ def check_liger() -> None:
     from moe_models.engine.cpu import on_cpu
     from moe_models.preflight.liger import cannot_run
 
-    if problems := list(cannot_run("+liger", on_gpu=not on_cpu())):
+    problems = list(cannot_run("+liger", on_gpu=not on_cpu()))
+    if problems:
         raise UserError(problems)
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
+def parse(words: list[str]) -> argparse.Namespace:
     """The flags."""
     about, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -116,36 +118,39 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
         config = read_json(args.config_name)
     else:
         config = read_model_config(args.config_name or args.model_name_or_path)
-    return {**config, "num_hidden_layers": args.num_hidden_layers} if args.num_hidden_layers else config
+    if args.num_hidden_layers:
+        config = {**config, "num_hidden_layers": args.num_hidden_layers}
+    return config
+
+
+LEAST = {"num_gpus": 1, "seq_length": 2, "steps": 1, "warmup": 1, "profile_steps": 0}
+"""Flag -> its smallest value."""
 
 
 def check_numbers(args: argparse.Namespace, model_config: dict[str, Any]) -> None:
-    """Raise UserError for numbers that cannot be."""
+    """Raise UserError for numbers that cannot be, with every problem found."""
     from moe_models.families.sizes import model_sizes
-    from moe_models.preflight.run import length_problems
+    from moe_models.preflight.flags import length_problems
 
-    problems = [
-        f"--{name} {value}: must be at least {least}"
-        for name, least in (("num_gpus", 1), ("seq_length", 2), ("steps", 1), ("warmup", 1), ("profile_steps", 0))
-        if (value := getattr(args, name)) < least
-    ]
+    problems = Problems()
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value < least:
+            problems.add(f"--{name} {value}: must be at least {least}")
     for name in ("micro_batch", "accumulation"):
-        problems += [f"--{name} {value}: must be at least 1" for value in getattr(args, name) if value < 1]
+        for value in getattr(args, name):
+            if value < 1:
+                problems.add(f"--{name} {value}: must be at least 1")
     if len(args.accumulation) not in (1, len(args.micro_batch)):
-        problems.append(
-            f"--accumulation {' '.join(map(str, args.accumulation))}: give one number, or one for each of the "
-            f"{len(args.micro_batch)} --micro_batch"
+        given = " ".join(map(str, args.accumulation))
+        problems.add(
+            f"--accumulation {given}: give one number, or one for each of the {len(args.micro_batch)} --micro_batch"
         )
-    problems += [
-        line.replace("--max_length", "--seq_length") for line in length_problems(args.seq_length, model_config)
-    ]
-    if problems:
-        raise UserError(problems)
-    model_sizes(model_config)  # refuses what its MFU could not be computed for
-
-
-# ------------------------------------------------------------------------------------------------------- processes
+    for line in length_problems(args.seq_length, model_config):
+        problems.add(line.replace("--max_length", "--seq_length"))
+    problems.refuse()
+    model_sizes(model_config)  # refuses a model whose MFU could not be computed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -7,7 +7,15 @@
     python recipes/check.py ... --max_length 4096 --per_device_train_batch_size 2 --gradient_accumulation_steps 8
 
 It needs the ds_config and the model's config.json, no weights. `recipes/finetune.py` makes the same checks before it
-reads a weight. Errors go to stderr, one line each, with exit code 2.
+reads a weight. It prints, from top to bottom:
+
+    grid      one box for each rank, a row for each node; ranks of one colour hold one copy of the experts
+    groups    EP exchanges tokens, EDP averages experts, DP the dense part, TP and SP split layers and sequences; and
+              whether a group stays inside a node
+    memory    weights, gradients and optimizer states of one rank (recipes/plan.py adds activations and buffers)
+    traffic   what one rank sends in one optimizer step, over which group
+
+Warnings go to stderr and change nothing. Errors go to stderr, one line each, with exit code 2; then nothing is printed.
 """
 
 from __future__ import annotations
@@ -15,31 +23,57 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.box import MINIMAL, SQUARE
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
-from moe_models.config.layout import Groups, Layout
-from moe_models.errors import UserError, exit_with
+from moe_models.config.ds_config import DsConfig, load_ds_config
+from moe_models.config.layout import Groups
+from moe_models.config.work import Work
+from moe_models.errors import Problems, run, warn
 from moe_models.families.config_json import read_model_config
+from moe_models.families.model import Model
+from moe_models.planner.case import Case
+from moe_models.planner.shares import state_bytes
+from moe_models.planner.traffic import Flow, spans_nodes, traffic
+from moe_models.preflight.advice import warnings_for_run
+from moe_models.preflight.flags import length_problems
+from moe_models.preflight.run import check_run
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's parser is asked, and would look for a GPU
 
 COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")
-NODES_SHOWN, CELLS_IN_A_LINE, GROUPS_SHOWN = 2, 8, 2
+NODES_SHOWN = 2
+"""First nodes in the grid; the last one is shown too."""
+CELLS_IN_A_LINE = 8
+"""Ranks side by side, half as many on a narrow screen."""
+GROUPS_SHOWN = 2
+"""First groups of each kind."""
+RANKS_OF_A_GROUP = 4
+"""Ranks of a group that are written out; of a larger one the first three and the last."""
 
 
-def main() -> int:
-    """Read, check, print."""
-    arguments = parse(sys.argv[1:])
-    try:
-        run(arguments)
-    except UserError as error:
-        exit_with(error)
+def main(words: list[str]) -> int:
+    """Read, check, print. Raises UserError with every error, after the warnings are printed."""
+    arguments = parse(words)
+    ds, config = read(arguments)
+    world_size = arguments.world_size
+    per_node = min(arguments.gpus_per_node, max(1, world_size))
+    work = work_of(ds, arguments)
+
+    problems = Problems(check_run(ds, config, world_size))
+    problems.add(*length_problems(arguments.max_length, config))
+    warnings = []
+    if world_size > 0:
+        warnings = warnings_for_run(ds, config, world_size, per_node, work=work)
+
+    if not problems.lines:
+        print_case(Case.of(ds, Model.of(config), world_size, work, per_node))
+    warn(warnings)
+    problems.refuse()
     return 0
 
 
@@ -62,91 +96,97 @@ def parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Print everything that is known of the run. Raises UserError with every error, after the warnings are printed."""
-    from moe_models.config.ds_config import load_ds_config
-
-    problems: list[str] = []
-    found: dict[str, Any] = {}
-    for name, path, reader in (
-        ("config", arguments.model_name_or_path, read_model_config),
-        ("ds", arguments.deepspeed, load_ds_config),
-    ):
-        try:
-            found[name] = reader(path)
-        except UserError as error:
-            problems += error.problems
+def read(arguments: argparse.Namespace) -> tuple[DsConfig, dict[str, Any]]:
+    """The ds_config and the model's config.json; raises UserError with everything wrong in them and in the flags."""
+    problems = Problems()
+    with problems.note():
+        config = read_model_config(arguments.model_name_or_path)
+    with problems.note():
+        ds = load_ds_config(arguments.deepspeed)
     for name in ("gpus_per_node", "max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(arguments, name) < 1:
-            problems.append(f"--{name} {getattr(arguments, name)}: must be at least 1")
-    if problems:
-        raise UserError(problems)
+        value = getattr(arguments, name)
+        if value < 1:
+            problems.add(f"--{name} {value}: must be at least 1")
+    problems.refuse()
+    return ds, config
 
-    from moe_models.config.work import Work
-    from moe_models.families.sizes import model_sizes
-    from moe_models.planner.traffic import traffic
-    from moe_models.preflight.run import check_run, length_problems, warnings_for_run
 
-    ds, config = found["ds"], found["config"]
-    per_node = min(arguments.gpus_per_node, max(1, arguments.world_size))
-    work = Work(
-        micro_batch=_number(ds.raw, "train_micro_batch_size_per_gpu", arguments.per_device_train_batch_size),
+def work_of(ds: DsConfig, arguments: argparse.Namespace) -> Work:
+    """The work of one rank. Numbers in the JSON win over flags, as in a run."""
+
+    def in_json(key: str, otherwise: int) -> int:
+        value = ds.raw.get(key)
+        return value if isinstance(value, int) else otherwise
+
+    return Work(
+        micro_batch=in_json("train_micro_batch_size_per_gpu", arguments.per_device_train_batch_size),
         length=arguments.max_length,
-        accumulation=_number(ds.raw, "gradient_accumulation_steps", arguments.gradient_accumulation_steps),
+        accumulation=in_json("gradient_accumulation_steps", arguments.gradient_accumulation_steps),
         element_bytes=4 if ds.precision == "fp32" else 2,
         recompute=arguments.gradient_checkpointing,
     )
-    problems = [*check_run(ds, config, arguments.world_size), *length_problems(arguments.max_length, config)]
-    warned = warnings_for_run(ds, config, arguments.world_size, per_node, work=work) if arguments.world_size > 0 else []
+
+
+def print_case(case: Case) -> None:
+    """Everything that is known of the run."""
     console = Console(highlight=False)
-    if not problems:
-        sizes = model_sizes(config)
-        layout = Layout(arguments.world_size, ds.ep_size, ds.tp_size, ds.sp_size)
-        spread = ds.expert_parallel is not None or ds.moe.layer is not None
-        console.print(f"[bold]{layout.describe(ds.zero_stage)}[/bold]  ({ds.path})\n")
-        for part in (
-            *grid(layout, per_node, sizes.num_experts, spread, console.width),
-            groups_table(layout, per_node, spread),
-            *(reach_line(layout, per_node, sizes, config) if spread else ()),
-            memory_lines(ds, sizes, layout, work.element_bytes),
-            traffic_table(traffic(ds, sizes, layout, work, per_node), work, layout.sp_size),
-        ):
-            console.print(part)
-    for line in warned:
-        print(f"warning: {line}", file=sys.stderr)
-    if problems:
-        raise UserError(problems)
+    parts: list[RenderableType] = [
+        f"[bold]{case.layout.describe(case.ds.zero_stage)}[/bold]  ({case.ds.path})\n",
+        *grid(case, console.width),
+        groups_table(case),
+        *reach_line(case),
+        memory_lines(case),
+        traffic_table(case),
+    ]
+    for part in parts:
+        console.print(part)
 
 
-def _number(raw: Mapping[str, Any], key: str, otherwise: int) -> int:
-    value = raw.get(key)
-    return value if isinstance(value, int) else otherwise
+# --- the grid
 
 
-def grid(layout: Layout, per_node: int, num_experts: int, spread: bool, width: int) -> Iterable[Any]:
+def grid(case: Case, width: int) -> Iterator[RenderableType]:
     """One box for each rank, a row for each node; ranks of one colour share one copy of the experts."""
-    nodes, cell = math.ceil(layout.world_size / per_node), len(f"rank {layout.world_size - 1}")
-    in_a_line = CELLS_IN_A_LINE if CELLS_IN_A_LINE * (cell + 1) < width else CELLS_IN_A_LINE // 2
-    shown = [*range(NODES_SHOWN), nodes - 1] if nodes > NODES_SHOWN + 1 else [*range(nodes)]
+    world_size, per_node = case.layout.world_size, case.gpus_per_node
+
+    # 1. How much fits on the screen: boxes side by side, and the first nodes with the last one.
+    cell_width = len(f"rank {world_size - 1}")
+    in_a_line = CELLS_IN_A_LINE
+    if in_a_line * (cell_width + 1) >= width:
+        in_a_line //= 2
+    nodes = math.ceil(world_size / per_node)
+    last = nodes - 1
+    some_left_out = nodes > NODES_SHOWN + 1
+    shown = [*range(NODES_SHOWN), last] if some_left_out else [*range(nodes)]
+
+    # 2. The nodes.
     for node in shown:
-        if nodes > NODES_SHOWN + 1 and node == nodes - 1:
+        if some_left_out and node == last:
             yield f"  ... {nodes - NODES_SHOWN - 1} more nodes ..."
         if nodes > 1:
             yield f"[bold]node {node}[/bold]"
-        ranks = range(node * per_node, min(layout.world_size, (node + 1) * per_node))
+        ranks = range(node * per_node, min(world_size, (node + 1) * per_node))
         for start in range(0, len(ranks), in_a_line):
-            cells = [_cell(layout, rank, num_experts, spread) for rank in ranks[start : start + in_a_line]]
-            table = Table(box=SQUARE, show_header=False, padding=(0, 0), border_style="dim")
-            for _ in cells:
-                table.add_column(min_width=cell)
-            table.add_row(*cells)
-            yield table
-    if spread:
+            yield _boxes(case, ranks[start : start + in_a_line], cell_width)
+
+    # 3. How to read them.
+    if case.spread:
         yield "[dim]ep 0.1: place 0 in EP group 1, whose ranks exchange tokens; e: experts held[/dim]"
     yield ""
 
 
-def _cell(layout: Layout, rank: int, num_experts: int, spread: bool) -> str:
+def _boxes(case: Case, ranks: range, cell_width: int) -> Table:
+    """Ranks side by side."""
+    table = Table(box=SQUARE, show_header=False, padding=(0, 0), border_style="dim")
+    for _ in ranks:
+        table.add_column(min_width=cell_width)
+    table.add_row(*(_box(case, rank) for rank in ranks))
+    return table
+
+
+def _box(case: Case, rank: int) -> str:
+    """What one rank is in each kind of group."""
+    layout = case.layout
     at = layout.coordinates(rank)
     lines = [f"rank {rank}", f"dp {at.dp}"]
     if layout.tp_size > 1:
@@ -154,98 +194,151 @@ def _cell(layout: Layout, rank: int, num_experts: int, spread: bool) -> str:
     if layout.sp_size > 1:
         lines.append(f"sp {at.sp}")
     colour = "default"
-    if spread:
-        held = layout.experts_of(rank, num_experts)
-        lines += [f"ep {at.ep}.{at.edp}", f"e {held[0]}" + (f"-{held[-1]}" if len(held) > 1 else "")]
+    if case.spread:
+        held = layout.experts_of(rank, case.sizes.num_experts)
+        experts = f"e {held[0]}"
+        if len(held) > 1:
+            experts += f"-{held[-1]}"
+        lines += [f"ep {at.ep}.{at.edp}", experts]
         colour = COLOURS[at.edp % len(COLOURS)]
-    return f"[{colour}]" + "\n".join(lines) + f"[/{colour}]"
+    text = "\n".join(lines)
+    return f"[{colour}]{text}[/{colour}]"
 
 
-def groups_table(layout: Layout, per_node: int, spread: bool) -> Table:
+# --- the groups
+
+
+def groups_table(case: Case) -> Table:
     """Every kind of process group: how many, how large, their first ranks, and whether they stay inside a node."""
-    from moe_models.planner.traffic import spans_nodes
-
-    table = Table(box=MINIMAL, title="process groups", title_justify="left", title_style="bold")
-    for name in ("group", "ranks share", "groups", "the first", "nodes"):
-        table.add_column(name, no_wrap=True)
-    kinds: list[tuple[str, str, Groups]] = [("DP", "the dense part", layout.zero_groups())]
-    if spread:
-        kinds = [
-            ("EP", "one set of experts", layout.ep_groups()),
-            ("EDP", "the same experts", layout.edp_groups()),
-            *kinds,
-        ]
+    layout = case.layout
+    kinds: list[tuple[str, str, Groups]] = []
+    if case.spread:
+        kinds.append(("EP", "one set of experts", layout.ep_groups()))
+        kinds.append(("EDP", "the same experts", layout.edp_groups()))
+    kinds.append(("DP", "the dense part", layout.zero_groups()))
     if layout.tp_size > 1:
         kinds.append(("TP", "matrices, and data", layout.tp_groups()))
     if layout.sp_size > 1:
         kinds.append(("SP", "sequences", layout.sp_groups()))
-    for name, shares, groups in kinds:
-        across = "across" if spans_nodes(groups, per_node) else "inside"
-        table.add_row(name, shares, f"{len(groups)} x {len(groups[0])}", _first(groups), across)
+
+    table = Table(box=MINIMAL, title="process groups", title_justify="left", title_style="bold")
+    for column in ("group", "ranks share", "groups", "the first", "nodes"):
+        table.add_column(column, no_wrap=True)
+    for name, shared, groups in kinds:
+        across = "across" if spans_nodes(groups, case.gpus_per_node) else "inside"
+        table.add_row(name, shared, f"{len(groups)} x {len(groups[0])}", _first(groups), across)
     return table
-
-
-def reach_line(layout: Layout, per_node: int, sizes: Any, config: Mapping[str, Any]) -> Iterable[str]:
-    """How many nodes one token's experts can lie on, where an EP group has several."""
-    limited = config.get("topk_method", "group_limited_greedy") != "greedy" and config.get("n_group")
-    groups, chosen = (config["n_group"], config["topk_group"]) if limited else (1, 1)
-    reached, nodes = layout.nodes_of_a_token(per_node, sizes.num_experts, sizes.top_k, groups, chosen)
-    if nodes > 1:
-        why = f"n_group {groups}, topk_group {chosen}" if limited else "no group limit"
-        yield f"[dim]the {sizes.top_k} experts of a token lie on at most {reached} of {nodes} nodes ({why})[/dim]\n"
 
 
 def _first(groups: Groups) -> str:
-    """The first groups, each as the ranks it begins with."""
+    """The first groups, each as the ranks it begins with: ``(0 1) (2 3) ..``."""
     texts = []
     for group in groups[:GROUPS_SHOWN]:
-        dots = len(group) > 4
-        texts.append("(" + " ".join(map(str, group[:3] if dots else group)) + (f" .. {group[-1]})" if dots else ")"))
-    return " ".join(texts) + (" .." if len(groups) > GROUPS_SHOWN else "")
+        if len(group) > RANKS_OF_A_GROUP:
+            begin = " ".join(map(str, group[: RANKS_OF_A_GROUP - 1]))
+            texts.append(f"({begin} .. {group[-1]})")
+        else:
+            texts.append("(" + " ".join(map(str, group)) + ")")
+    if len(groups) > GROUPS_SHOWN:
+        texts.append("..")
+    return " ".join(texts)
 
 
-def memory_lines(ds: Any, sizes: Any, layout: Layout, element_bytes: int) -> str:
+def reach_line(case: Case) -> Iterator[str]:
+    """How many nodes one token's experts can lie on, where an EP group has several."""
+    if not case.spread:
+        return
+    groups = 1
+    chosen = 1
+    why = "no group limit"
+    if _limits_groups(case.model.config):
+        groups = case.model.config["n_group"]
+        chosen = case.model.config["topk_group"]
+        why = f"n_group {groups}, topk_group {chosen}"
+    top_k = case.sizes.top_k
+    reached, nodes = case.layout.nodes_of_a_token(case.gpus_per_node, case.sizes.num_experts, top_k, groups, chosen)
+    if nodes > 1:
+        yield f"[dim]the {top_k} experts of a token lie on at most {reached} of {nodes} nodes ({why})[/dim]\n"
+
+
+def _limits_groups(config: Mapping[str, Any]) -> bool:
+    """Whether a token's experts come from some groups of experts only (DeepSeek, arXiv 2412.19437, section 2.1.2)."""
+    method = config.get("topk_method", "group_limited_greedy")
+    return method != "greedy" and bool(config.get("n_group"))
+
+
+# --- the bytes
+
+
+def memory_lines(case: Case) -> str:
     """The model's size, and what one rank keeps of it."""
-    from moe_models.planner.shares import offloaded, state_bytes
+    sizes = case.sizes
+    total = _billions(sizes.dense_params + sizes.expert_params)
+    experts = _billions(sizes.expert_params)
+    active = _billions(sizes.active_params)
 
-    states, elsewhere = state_bytes(ds, sizes, layout, element_bytes), offloaded(ds)
-    parts = " + ".join(f"{name} {amount(count)}" for name, count in states.items() if name not in elsewhere)
-    host = " + ".join(f"{name} {amount(count)}" for name, count in states.items() if name in elsewhere)
-    total_here = sum(count for name, count in states.items() if name not in elsewhere)
-    billions = (sizes.dense_params + sizes.expert_params, sizes.expert_params, sizes.active_params)
-    total, experts, active = (f"{count / 1e9:.3g}" for count in billions)
-    return (
-        f"[bold]model[/bold]   {total} billion parameters: {experts} in experts; one token passes {active}\n"
-        f"[bold]memory[/bold]  {parts}\n        = {amount(total_here)} on each rank with AdamW, "
-        "before activations and buffers\n" + (f"        in host memory, for each rank: {host}\n" if host else "")
-    )
+    states = state_bytes(case.ds, sizes, case.layout, case.work.element_bytes)
+    here: dict[str, int] = {}
+    on_host: dict[str, int] = {}
+    for name, count in states.items():
+        place = on_host if name in case.ds.offloaded else here
+        place[name] = count
+    lines = [
+        f"[bold]model[/bold]   {total} billion parameters: {experts} in experts; one token passes {active}",
+        f"[bold]memory[/bold]  {_sum_of(here)}",
+        f"        = {amount(sum(here.values()))} on each rank with AdamW, before activations and buffers",
+    ]
+    if on_host:
+        lines.append(f"        in host memory, for each rank: {_sum_of(on_host)}")
+    return "\n".join(lines) + "\n"
 
 
-def traffic_table(flows: list[Any], work: Any, sp_size: int) -> Any:
+def _billions(parameters: int) -> str:
+    return f"{parameters / 1e9:.3g}"
+
+
+def _sum_of(states: Mapping[str, int]) -> str:
+    return " + ".join(f"{name} {amount(count)}" for name, count in states.items())
+
+
+def traffic_table(case: Case) -> RenderableType:
     """What each rank sends in one optimizer step, over which group."""
-    length = -(-work.length // sp_size)
+    work = case.work
+    flows = traffic(case)
+    length = math.ceil(work.length / case.layout.sp_size)
     title = f"one optimizer step, {work.accumulation} x {work.micro_batch} x {length} tokens on each rank at most"
-    table = Table(box=MINIMAL, title=title, title_justify="left", title_style="bold")
-    for name in ("what", "collective", "group", "a rank sends", "nodes"):
-        table.add_column(name, justify="right" if name == "a rank sends" else "left", no_wrap=name != "what")
-    for flow in flows:
-        table.add_row(flow.what, flow.collective, flow.group, amount(flow.sent), "across" if flow.across else "inside")
     if not flows:
         return f"\n[bold]{title}[/bold]\nnothing is sent: one rank in every group"
-    for where in (False, True):
-        total = sum(flow.sent for flow in flows if flow.across == where)
+
+    table = Table(box=MINIMAL, title=title, title_justify="left", title_style="bold")
+    table.add_column("what")
+    table.add_column("collective", no_wrap=True)
+    table.add_column("group", no_wrap=True)
+    table.add_column("a rank sends", justify="right", no_wrap=True)
+    table.add_column("nodes", no_wrap=True)
+    for flow in flows:
+        table.add_row(flow.what, flow.collective, flow.group, amount(flow.sent), _where(flow))
+    for where in ("inside", "across"):
+        total = sum(flow.sent for flow in flows if _where(flow) == where)
         if total:
-            table.add_row("in all", "", "", amount(total), "across" if where else "inside", style="bold")
+            table.add_row("in all", "", "", amount(total), where, style="bold")
     return table
+
+
+def _where(flow: Flow) -> str:
+    return "across" if flow.across else "inside"
 
 
 def amount(count: int) -> str:
     """Bytes in words: 1.5 GB (powers of ten, as networks count)."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:,.0f} {unit}"
+        if count < size:
+            continue
+        if count < 999.5 * size:
+            return f"{count / size:.3g} {unit}"
+        return f"{count / size:,.0f} {unit}"
     return f"{count} B"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_models.errors import UserError, tell
-from moe_models.ranks import RANK, WORLD_SIZE, ranks_per_node, several_nodes
+from moe_models.errors import Problems, UserError, one_line, tell, warn
+from moe_models.ranks import rank, ranks_per_node, several_nodes, world_size
 
 
 @dataclass
@@ -52,24 +51,29 @@ class ModelFlags:
 FROM_CHECKPOINT = ModelFlags()
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """``--help``: the recipe's docstring as it is written, then the flags with their defaults."""
+
+
 def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FROM_CHECKPOINT) -> tuple[Any, ...]:
     """Parse the flags and check everything that JSON, config.json and world size can tell, before any weight is read.
 
     On several machines they then compare what must be equal. Raises UserError with every problem found.
     """
+    # 1. Parse and check.
     words = [word for word in words if not word.startswith("--local_rank")]  # the launcher adds it
-    if several_nodes():
-        parser, given, ds, model_config = check_with_other_nodes(words, about, flags)
-    else:
-        parser, given, ds, model_config = check(words, about, flags)
+    check_here = check_with_other_nodes if several_nodes() else check
+    parser, given, ds, model_config = check_here(words, about, flags)
 
-    from moe_models.config.work import Work
     from moe_models.engine.cpu import adapt_for_cpu, join_cpu_ranks, on_cpu
-    from moe_models.preflight.run import warnings_for_run
+    from moe_models.engine.seams import check_seams
+    from moe_models.preflight.flags import mismatch_problems
 
+    check_seams()  # a run on libraries that changed would lose things without a word
+
+    # 2. The JSON decides the layout and the precision; DeepSpeed and HF see it as a value, our own section removed.
     values = vars(given)
     notes: list[str] = []
-    # The JSON decides the layout and the precision; DeepSpeed and HF see it as a value, our own section removed.
     values["deepspeed"] = ds.deepspeed
     if ds.precision != "auto":
         values |= {"bf16": ds.precision == "bf16", "fp16": ds.precision == "fp16"}
@@ -77,54 +81,71 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
         values["deepspeed"], notes = adapt_for_cpu(ds.deepspeed)
         values |= {"bf16": False, "fp16": False, "dataloader_pin_memory": False}
         values["accelerator_config"] = join_cpu_ranks()
+
+    # 3. Make TRL's arguments of the flags. transformers compares them with the JSON while it does.
     try:
         script, recipe, args, model_args = parser.parse_dict(values)
     except (ValueError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    mismatches = args.hf_deepspeed_config.mismatches
-    if mismatches:
-        raise UserError(f'{ds.path}: {line.strip(" -")}; make them equal, or write "auto"' for line in mismatches)
+        raise UserError(one_line(error)) from error
+    Problems(mismatch_problems(ds, args.hf_deepspeed_config.mismatches)).refuse()
     if recipe.eval_dataset is None and args.eval_strategy == "no":
         args.eval_on_start = False
-    if RANK == 0:
-        per_node = ranks_per_node()
+
+    # 4. Say what will run.
+    if ds.moe.layer is not None:
+        notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
+    if rank() == 0:
+        print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
+        warn(start_warnings(ds, model_config, args, on_gpu=not on_cpu()))
+    return script, recipe, args, model_args, ds
+
+
+def start_warnings(ds: Any, model_config: Mapping[str, Any], args: Any, *, on_gpu: bool) -> list[str]:
+    """What is unwise about this run, which goes on."""
+    from moe_models.config.work import Work
+    from moe_models.preflight.advice import warnings_for_run
+
+    work = None
+    if on_gpu:
         work = Work(
             micro_batch=args.per_device_train_batch_size,
             length=args.max_length or model_config.get("max_position_embeddings") or 1,
             accumulation=args.gradient_accumulation_steps,
         )
-        gpu = not on_cpu()
-        warned = warnings_for_run(ds, model_config, WORLD_SIZE, per_node, on_gpu=gpu, work=work if gpu else None)
-        notes += [f"warning: {line}" for line in warned]
-        if ds.moe.layer is not None:
-            notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
-        print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
-    return script, recipe, args, model_args, ds
+    return list(warnings_for_run(ds, model_config, world_size(), ranks_per_node(), on_gpu=on_gpu, work=work))
 
 
 def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, Any, dict[str, Any]]:
     """(parser, parsed flags, checked JSON, the model's config.json), or UserError with every problem found.
 
-    Paths come first, for they need no import that takes seconds: their problems are said at once, and the rest follows.
+    Paths come first, for they need no import that takes seconds: their problems are reported at once, and the rest
+    follows.
     """
-    found, model_config, json_is_sound = check_paths(words, flags)
-    told = not several_nodes() and tell(found, rank=RANK)  # several nodes first look whose problems these are
+    # 1. Paths. On several nodes nothing is reported yet: they first look whose problems these are.
+    paths, model_config, json_is_sound = check_paths(words, flags)
+    told = not several_nodes() and tell(paths.lines, rank=rank())
 
     from moe_models.config.ds_config import load_ds_config
+    from moe_models.engine.cpu import on_cpu
+    from moe_models.preflight.flags import flag_problems
     from moe_models.preflight.run import check_run
 
-    parser, given, problems = parse_flags(words, about, flags)
+    # 2. Flags, the JSON, and both together with the model.
+    problems = Problems() if told else Problems(paths.lines)
+    parser, given, wrong = parse_flags(words, about, flags)
+    problems.add(*wrong)
     ds = None
     if json_is_sound:
-        try:
+        with problems.note():
             ds = load_ds_config(given.deepspeed)
-        except UserError as error:
-            problems += error.problems
     if ds is not None and model_config is not None:
-        problems += check_run(ds, model_config, WORLD_SIZE)
-    problems += refused_flags(given, model_config or {}, ds)
-    if problems or found or ds is None or model_config is None:
-        raise UserError(problems if told else found + problems)
+        problems.add(*check_run(ds, model_config, world_size()))
+    problems.add(*flag_problems(given, model_config or {}, ds, on_gpu=not on_cpu()))
+
+    # 3. What was told already still ends the run.
+    if paths.lines or ds is None or model_config is None:
+        raise UserError(problems.lines)
+    problems.refuse()
     return parser, given, ds, model_config
 
 
@@ -133,13 +154,12 @@ def check_with_other_nodes(words: list[str], about: str, flags: ModelFlags) -> t
     from moe_models.nodes.meeting import Meeting
     from moe_models.nodes.watch import start
 
-    problems, checked = [], None
-    try:
+    problems = Problems()
+    checked = None
+    with problems.note():
         checked = check(words, about, flags)
-    except UserError as error:
-        problems = error.problems
     meeting = Meeting()
-    meeting.compare(node_facts(words, flags), problems)
+    meeting.compare(node_facts(words, flags), problems.lines)
     assert checked is not None
     given = checked[1]
     if str(given.save_strategy) != "no" or resume_value(given.resume_from_checkpoint):
@@ -164,35 +184,40 @@ def node_facts(words: list[str], kind: ModelFlags) -> dict[str, dict[str, str]]:
     return {"version": version_facts(), "flag": flags, "file": files}
 
 
-def check_paths(words: list[str], kind: ModelFlags) -> tuple[list[str], dict[str, Any] | None, bool]:
+def check_paths(words: list[str], kind: ModelFlags) -> tuple[Problems, dict[str, Any] | None, bool]:
     """(problems with the flags that name files and folders, the model's config.json, whether the JSON can be read)."""
     from moe_models.files import read_json
-    from moe_models.preflight.paths import check_dataset_path, check_output_dir
+    from moe_models.preflight.paths import check_dataset_path, check_output_dir, start_problems
 
+    problems = Problems()
+    if {"-h", "--help"} & set(words):
+        return problems, None, False
+
+    # 1. A parser of these flags only: TRL's takes seconds to import.
     required = (*kind.required, "dataset_name", "deepspeed", "output_dir")
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in (*required, "eval_dataset", "resume_from_checkpoint"):
         flags.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", dest=name)
     given, _ = flags.parse_known_args(words)
-    if {"-h", "--help"} & set(words):
-        return [], None, False
-    problems = [f"--{name}: is required; see --help" for name in required if not getattr(given, name)]
-    if "RANK" not in os.environ:
-        problems.append(f"no RANK in the environment; start it as: deepspeed --num_gpus N {kind.recipe} ...")
-    read: dict[str, Any] = {}
-    for name, path, reader in (
-        ("model", getattr(given, kind.required[0]), kind.read_config),
-        ("json", given.deepspeed, read_json),
-    ):
-        try:
-            read |= {name: reader(path)} if path else {}
-        except UserError as error:
-            problems += error.problems
-    for name in (given.dataset_name, given.eval_dataset):
-        problems += check_dataset_path(name) if name else []
+    problems.add(*start_problems(given, required, kind.recipe))
+
+    # 2. What is read, and what must be there or must not.
+    model_config: dict[str, Any] | None = None
+    json_is_sound = False
+    model = getattr(given, kind.required[0])
+    if model:
+        with problems.note():
+            model_config = kind.read_config(model)
+    if given.deepspeed:
+        with problems.note():
+            read_json(given.deepspeed)
+            json_is_sound = True
+    for data in (given.dataset_name, given.eval_dataset):
+        if data:
+            problems.add(*check_dataset_path(data))
     if given.output_dir:
-        problems += check_output_dir(given.output_dir, resume_value(given.resume_from_checkpoint))
-    return problems, read.get("model"), "json" in read
+        problems.add(*check_output_dir(given.output_dir, resume_value(given.resume_from_checkpoint)))
+    return problems, model_config, json_is_sound
 
 
 def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, Any, list[str]]:
@@ -202,9 +227,11 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
     from moe_models.data import GPU_LOADER
     from moe_models.engine.cpu import on_cpu
 
+    # 1. TRL's flags and ours, with other defaults: training text should not be cut where it is too long, progress
+    # should be kept, and experiments should be seen.
     kinds = (ScriptArguments, kind.arguments, SFTConfig, ModelConfig)
-    parser = TrlParser(kinds, description=about, allow_abbrev=False)
-    # Training text should not be cut where it is too long, progress should be kept, and experiments should be seen.
+    usage = f"deepspeed --num_gpus N {kind.recipe} --FLAG VALUE ..."  # instead of TRL's 200 flags on two pages
+    parser = TrlParser(kinds, usage=usage, description=about, formatter_class=_Help, allow_abbrev=False)
     parser.set_defaults_with_config(
         packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None,
         **({} if on_cpu() else GPU_LOADER), **kind.defaults,
@@ -213,86 +240,52 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
     def refuse(message: str) -> None:
         raise UserError(message)
 
-    parser.error = refuse
+    parser.error = refuse  # argparse would print usage and exit at the first bad value
+
+    # 2. Parse; at a bad value note it, take that flag out, and go on.
     problems: list[str] = []
     while True:
         try:
             given, unknown = parser.parse_known_args(words)
             break
-        except UserError as error:  # argparse stops at the first: note it, take that flag out, and go on
-            found = re.match(r"argument (--[\w-]+)(?:/[\w/-]+)?: (.*)", str(error), re.DOTALL)
-            start = next((i for i, word in enumerate(words) if found and word.split("=")[0] == found[1]), None)
-            if found is None or start is None:
-                raise
-            problems.append(f"{found[1]}: {' '.join(found[2].split())}")
-            end = next((i for i in range(start + 1, len(words)) if words[i].startswith("--")), len(words))
-            words = words[:start] + words[end:]
-    problems += [f"{word.split('=')[0]}: no such flag; see --help" for word in unknown if word.startswith("-")]
+        except UserError as error:
+            problem, words = without_bad_flag(words, error)
+            problems.append(problem)
+
+    # 3. Flags that nothing took. A word without dashes is reported only where no unknown flag could own it.
+    no_such = [word for word in unknown if word.startswith("-")]
     strays = [word for word in unknown if not word.startswith("-")]
-    if strays and not any(word.startswith("-") for word in unknown):
+    problems += [f"{word.split('=')[0]}: no such flag; see --help" for word in no_such]
+    if strays and not no_such:
         problems.append(f"{' '.join(strays)}: belongs to no flag; see --help")
     return parser, given, problems
 
 
-def refused_flags(given: Any, model_config: dict[str, Any], ds: Any) -> list[str]:
-    """Flags of TRL that this recipe cannot honour, or that cannot fit the model or the JSON."""
-    from moe_models.engine.cpu import on_cpu
-    from moe_models.files import parse_size
-    from moe_models.preflight.liger import cannot_run, no_kernels
-    from moe_models.preflight.run import length_problems, reentrant_problems
-    from moe_models.preflight.sequence_parallel import sequence_parallel_flags
-    from moe_models.preflight.torch_compile import compile_problems
-
-    problems = []
-    if ds is not None:
-        wanted = bool(given.torch_compile or given.torch_compile_backend or given.torch_compile_mode)
-        problems += [*sequence_parallel_flags(given, ds), *compile_problems(ds, wanted, given.use_liger_kernel)]
-    if given.use_liger_kernel:
-        flag = "--use_liger_kernel"
-        problems += [*no_kernels(model_config, flag), *cannot_run(flag, on_gpu=not on_cpu())]
-    if given.use_peft or given.load_in_4bit or given.load_in_8bit:
-        problems.append("--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole")
-    if given.trust_remote_code:
-        problems.append(
-            "--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"
-        )
-    problems += length_problems(given.max_length, model_config)
-    coefficient = given.router_aux_loss_coef
-    problems += reentrant_problems(
-        given, bool(model_config.get("router_aux_loss_coef") if coefficient is None else coefficient)
-    )
-    if given.bf16 and given.fp16:
-        problems.append("--bf16 and --fp16: a run has one precision; drop one of them")
-    for name in ("bf16", "fp16"):
-        if getattr(given, name) and ds is not None and ds.precision not in ("auto", name):
-            problems.append(
-                f'--{name}: the precision of {ds.path} is {ds.precision}; set {name}.enabled to true or "auto" there, '
-                f"or drop --{name}"
-            )
-        elif getattr(given, name) and ds is not None and ds.precision == "auto" and name not in ds.raw:
-            problems.append(f'--{name}: {ds.path} has no {name} section; add "{name}": {{"enabled": "auto"}}')
-    if given.dataset_streaming and given.max_steps <= 0:
-        problems.append("--dataset_streaming: the number of rows is not known then; set --max_steps")
-    if given.dataset_streaming and ds is not None and ds.tp_size * ds.sp_size > 1:
-        problems.append(
-            "--dataset_streaming: with tensor or sequence parallelism accelerate would give all ranks the same rows; "
-            "drop it"
-        )
-    try:
-        parse_size(given.export_max_shard_size)
-    except ValueError as error:
-        problems.append(f"--export_max_shard_size {error}")
-    return problems
+def without_bad_flag(words: list[str], error: UserError) -> tuple[str, list[str]]:
+    """(a line for the flag that argparse complains of, the words without it). Raises ``error`` if it names none."""
+    found = re.match(r"argument (--[\w-]+)(?:/[\w/-]+)?: (.*)", str(error), re.DOTALL)
+    if found is None:
+        raise error
+    flag = found[1]
+    starts = [place for place, word in enumerate(words) if word.split("=")[0] == flag]
+    if not starts:
+        raise error
+    end = starts[0] + 1
+    while end < len(words) and not words[end].startswith("--"):
+        end += 1
+    return f"{flag}: {' '.join(found[2].split())}", words[: starts[0]] + words[end:]
 
 
 def resume_value(value: str | None) -> bool | str | None:
     """What HF calls ``resume_from_checkpoint``: True is the last checkpoint of the output folder."""
-    return True if str(value).lower() == "true" else None if str(value).lower() in ("none", "false") else value
+    word = str(value).lower()
+    if word == "true":
+        return True
+    if word in ("none", "false"):
+        return None
+    return value
 
 
 def describe(ds: Any) -> str:
     """The layout in one line."""
-    from moe_models.config.layout import Layout
-
-    name = Layout(WORLD_SIZE, ds.ep_size, ds.tp_size, ds.sp_size).describe(ds.zero_stage)
-    return f"{name}  ({ds.path})"
+    return f"{ds.layout(world_size()).describe(ds.zero_stage)}  ({ds.path})"

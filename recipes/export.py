@@ -54,7 +54,6 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
     from moe_models.checkpoint.export import export
     from moe_models.checkpoint.from_folder import FolderSource
     from moe_models.checkpoint.hf_folder import ExportError
-    from moe_models.families.table import HAS_SELECTION_BIAS
     from moe_models.routing.callback import BIAS_FILE
 
     # 2. The checkpoint's files and the model's config.
@@ -64,7 +63,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
     except Exception as error:  # transformers raises many kinds for values that it cannot use
         raise UserError(f"{checkpoint}: its config.json cannot be used: {one_line(error)}") from error
     # 3. Write. A selection bias that the architecture has no place for goes into a file of its own.
-    bias_left_out = (checkpoint / BIAS_FILE).exists() and family.model_type not in HAS_SELECTION_BIAS
+    bias_left_out = (checkpoint / BIAS_FILE).exists() and not family.selection_bias
 
     def add_bias(staged: Path) -> None:
         if bias_left_out:

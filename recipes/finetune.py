@@ -1,6 +1,6 @@
 """Fine-tune a Hugging Face MoE model with expert parallelism, and get a complete Hugging Face folder back.
 
-    # 8 GPUs; the layout is the JSON: swap it for another one and nothing else changes
+    # 8 GPUs; the layout is the JSON: give another one and nothing else changes
     deepspeed --num_gpus 8 recipes/finetune.py --model_name_or_path mistralai/Mixtral-8x7B-v0.1 \\
         --dataset_name my.jsonl --deepspeed ds_configs/zero1_ep8.json --output_dir out/mixtral
 
@@ -20,17 +20,21 @@
 
 `torchrun --nproc_per_node 8` and `accelerate launch --use_deepspeed --num_processes 8` start the same run.
 
-Data: a hub id, a folder or a file (.txt, .jsonl, .json, .parquet) with `text`, `messages` (chat template; loss on the
-assistant's turns only with --assistant_only_loss), or `prompt` and `completion`. All other flags are those of TRL's
-SFTConfig and ModelConfig.
+Data: a hub id, a folder or a file (.txt, .jsonl, .json, .parquet) with `text`, with `messages`, or with `prompt` and
+`completion`. Messages go through the chat template; --assistant_only_loss takes the loss on the assistant's turns only.
+All other flags are those of TRL's SFTConfig and ModelConfig.
 
 On several machines the versions, the flags, the JSON, the model's config.json and the data must be equal, and
---output_dir must be shared (not with --save_strategy no). The nodes compare that first, and refuse with the name of the
-one that differs; one that fails later ends the others.
+--output_dir must be shared (except with --save_strategy no). The nodes compare these first. If one differs, all refuse
+and name it; if one fails later, the others end too.
 
-Afterwards `OUTPUT_DIR/model` holds the whole model in the layout of the hub, reloaded and compared with the trained one
-before it got its name; `OUTPUT_DIR/checkpoint-N` resumes; `OUTPUT_DIR/summary.json` says what was measured. It is
-written last, so where it is, the run came to its end (deepspeed 0.19.8 answers 0 when its own child was killed).
+Results, in OUTPUT_DIR:
+    model           the whole model under hub names, reloaded and compared with the trained one before it got its name
+    checkpoint-N    what --resume_from_checkpoint goes on from
+    summary.json    what was measured. It is written last: where it exists, the run came to its end. (Exit code 0 does
+                    not prove that: deepspeed 0.19.8 also returns 0 when its own child was killed.)
+
+Exit codes: 0 complete; 2 the input cannot work, and nothing was written; 1 the run had to stop, and says why.
 """
 
 from __future__ import annotations
@@ -46,23 +50,26 @@ from pathlib import Path
 from typing import Any
 
 from command_line import FROM_CHECKPOINT, ModelFlags, describe, read_command_line, resume_value
-from moe_models.errors import UserError
+from moe_models.errors import RunError, UserError, one_line, run, warn
+from moe_models.files import write
 from moe_models.nodes.watch import end_with, leave
-from moe_models.ranks import RANK, WORLD_SIZE
+from moe_models.ranks import rank, world_size
 
-# Torch renames of this year, said once per call by every rank; they are DeepSpeed's and accelerate's to follow.
+# Torch renames of this year, reported once per call by every rank. DeepSpeed and accelerate have to follow them.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 
 SUMMARY = "summary.json"
-complete = False  # set where nothing is left to do
+complete = False
+"""Set by :func:`train` when nothing is left to do."""
 
 
-@atexit.register  # before everybody else's, so that it is called after everybody else's
+# Registered before all other handlers, so it is called after all of them.
+@atexit.register
 def skip_teardown() -> None:
     """End a complete run at once, instead of taking the interpreter apart.
 
-    DeepSpeed keeps process groups that destroy_process_group() cannot end. Their threads now and then abort a process
-    that is being taken apart ("terminate called without an active exception"), and a complete run had failed.
+    DeepSpeed keeps process groups that destroy_process_group() cannot end. Their threads sometimes abort a process
+    that is being taken apart ("terminate called without an active exception"). A complete run would then have failed.
     """
     if complete:
         sys.stdout.flush()
@@ -74,29 +81,42 @@ ModelMaker = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 """(recipe's arguments, SFTConfig, ModelConfig, training rows) -> (model, tokenizer). Raises UserError."""
 
 
-def main(about: str = __doc__ or "", flags: ModelFlags = FROM_CHECKPOINT, make_model: ModelMaker | None = None) -> int:
-    """Check, load, train, export, summarise. recipes/pretrain.py calls it with another way to get a model."""
-    try:
-        script, recipe, args, model_args, ds = read_command_line(sys.argv[1:], about.split("\n\n")[0], flags)
-        train_rows, eval_rows = load_data(script, recipe, args)
-    except UserError as error:
-        end_with(error)
-    from moe_models.checkpoint.hf_folder import ExportError
-    from moe_models.trainer import TrainingStoppedError
+def main(words: list[str]) -> int:
+    """Train a model that exists."""
+    return train(words, __doc__ or "", FROM_CHECKPOINT, read_model)
 
+
+def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMaker) -> int:
+    """Check, load, train, export, summarise: what recipes/finetune.py and recipes/pretrain.py share.
+
+    Args:
+        words: the command line.
+        about: the recipe's docstring, with which ``--help`` begins.
+        flags: the flags that say which model, and other defaults for those of TRL.
+        make_model: makes model and tokenizer of them.
+
+    Raises:
+        UserError: for input that cannot work.
+        RunError: for a run that stopped to protect what it had, or whose export is not whole.
+    """
+    # 1. Refuse what cannot work, before a weight is read.
+    script, recipe, args, model_args, ds = read_command_line(words, about, flags)
+    train_rows, eval_rows = load_data(script, recipe, args)
+
+    # 2. Train, and make a Hugging Face folder of the result.
+    model, tokenizer = make_model(recipe, args, model_args, train_rows)
+    trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows)
+    if rank() == 0:  # a summary says that its run ended; this one has not
+        (Path(args.output_dir) / SUMMARY).unlink(missing_ok=True)
     try:
-        model, tokenizer = (make_model or read_model)(recipe, args, model_args, train_rows)
-        trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows)
-        if RANK == 0:
-            (Path(args.output_dir) / SUMMARY).unlink(missing_ok=True)  # of the run that is now going on
         trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
         evaluate_and_export(trainer, ds, eval_rows)
-    except UserError as error:
-        end_with(error)
-    except (TrainingStoppedError, ExportError) as error:
+    except RunError:
         print(file=sys.stderr)  # ends the progress bar's line
-        end_with(UserError(str(error)), code=1)
-    # Not in a finally: a rank that fails alone must end at once, for only then does the launcher stop the others.
+        raise
+
+    # 3. Leave. Not in a finally: a rank that fails alone must end at once, because only then does the launcher stop
+    # the others.
     leave_process_group()
     global complete
     complete = True
@@ -121,15 +141,26 @@ def load_data(script: Any, recipe: Any, args: Any) -> tuple[Any, Any]:
     return train_rows, eval_rows
 
 
+def weights_dtype(args: Any) -> Any:
+    """The torch dtype of the weights that training holds, by the precision of the JSON."""
+    import torch
+
+    if args.bf16:
+        return torch.bfloat16
+    if args.fp16:
+        return torch.float16
+    return torch.float32
+
+
 def read_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder or hub id. Raises UserError if it is not whole, or does not fit the data."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import moe_models.prmoe  # noqa: F401 (for AutoModelForCausalLM)
     from moe_models.data import check_chat_template
 
-    name, revision = model_args.model_name_or_path, model_args.model_revision
+    name = model_args.model_name_or_path
+    revision = model_args.model_revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         if not args.chat_template_path:
@@ -138,14 +169,19 @@ def read_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tupl
             name,
             revision=revision,
             attn_implementation=model_args.attn_implementation,
-            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+            dtype=weights_dtype(args),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, all of them by name
         )
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:  # missing or damaged files, in the words of transformers
-        raise error if isinstance(error, UserError) else UserError(f"{name}: {' '.join(str(error).split())}") from error
-    absent = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
-    if absent:  # transformers would fill them with random numbers
+        raise UserError(f"{name}: {one_line(error)}") from error
+
+    # transformers would fill these with random numbers.
+    mismatched = [weight for weight, *_ in loading["mismatched_keys"]]
+    absent = sorted({*loading["missing_keys"], *mismatched})
+    if absent:
         raise UserError(
             f"{name}: {len(absent)} weights are missing or incomplete ({', '.join(absent[:4])}); give the whole model"
         )
@@ -174,11 +210,11 @@ def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, t
             balance=ds.moe.balance,
         )
     except ValueError as error:  # flags that TRL finds at odds with each other or with the data
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     trainer.clock = StepClock()
     trainer.add_callback(trainer.clock)
-    for line in warnings_for_rows(train_rows, trainer.train_dataset, args) if RANK == 0 else []:
-        print(f"warning: {line}", flush=True)
+    if rank() == 0:  # it reads every prepared row
+        warn(warnings_for_rows(train_rows, trainer.train_dataset, args))
     return trainer
 
 
@@ -190,40 +226,43 @@ def evaluate_and_export(trainer: Any, ds: Any, eval_rows: Any) -> None:
     from rich.progress import Progress
 
     from moe_models.meter import peak_memory_gib
-    from moe_models.trainer import MODEL_FOLDER
 
     if eval_rows is not None:
         trainer.evaluate()
-    peak = peak_memory_gib()  # of training; the proof below holds a second model on rank 0
-    with Progress(disable=RANK != 0, transient=True) as bar:
+    peak_gib = peak_memory_gib()  # of training; the proof below holds a second model on rank 0
+    with Progress(disable=rank() != 0, transient=True) as bar:
         task = bar.add_task("export", total=None)
         trainer.export_progress = lambda done, total: bar.update(task, completed=done, total=total)
         trainer.save_model()
-    if RANK != 0:
-        return
+    if rank() == 0:
+        summary = summarise(trainer, ds, peak_gib)
+        write(Path(trainer.args.output_dir) / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        print_summary(summary)
+
+
+def summarise(trainer: Any, ds: Any, peak_gib: float) -> dict[str, Any]:
+    """What `summary.json` holds."""
+    from moe_models.trainer import MODEL_FOLDER
+
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    folder = Path(trainer.args.output_dir)
-    summary = {
+    evaluated_before = trainer.args.eval_on_start and held_out
+    return {
         "layout": describe(ds),
-        "world_size": WORLD_SIZE,
+        "world_size": world_size(),
         "device": trainer.args.device.type,
         "dtype": str(trainer.model.dtype).removeprefix("torch."),
         "steps": trainer.state.global_step,
         "tokens_per_second": round(trainer.clock.tokens_per_second(trainer._total_train_tokens), 1),
-        "peak_memory_gib": round(peak, 2),
+        "peak_memory_gib": round(peak_gib, 2),
         "train_loss": losses[-1] if losses else None,
-        "eval_loss_before": held_out[0] if trainer.args.eval_on_start and held_out else None,
+        "eval_loss_before": held_out[0] if evaluated_before else None,
         "eval_loss_after": held_out[-1] if held_out else None,
         "verified": asdict(trainer.last_proof),
         "left_out": trainer.routing.left_out,
-        "checkpoint": str(folder / MODEL_FOLDER),
+        "checkpoint": str(Path(trainer.args.output_dir) / MODEL_FOLDER),
     }
-    temporary = folder / f".{SUMMARY}"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, folder / SUMMARY)
-    print_summary(summary)
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -239,9 +278,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     }
     if not held_out:
         del lines["held-out loss"]
-    if summary["left_out"]:
-        lines["warning"] = summary["left_out"]
     print(*(f"{name:14}{text}" for name, text in lines.items()), sep="\n", flush=True)
+    if summary["left_out"]:
+        warn([summary["left_out"]])
 
 
 def leave_process_group() -> None:
@@ -254,4 +293,4 @@ def leave_process_group() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, end=end_with)

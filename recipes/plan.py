@@ -5,53 +5,86 @@
     # two nodes, 256 sequences in a step; write the ds_config of the best layout (recipes/check.py accepts it)
     python recipes/plan.py ... --gpus 16 --gpus_per_node 8 --global_batch_size 256 --write ds_configs/mine.json
 
-    # with figures measured on your machine (docs/calibration.md) in the place of those of
-    moe_models/planner/devices.json python recipes/plan.py ... --calibration bench.json all_to_all.json
+    # with figures measured on your machine instead of those of moe_models/planner/devices.json: the calibration.json
+    # that recipes/bench.py and recipes/bench_alltoall.py write (docs/calibration.md)
+    python recipes/plan.py ... --calibration out/bench/calibration.json out/alltoall/calibration.json
 
-It compares ZeRO 1 to 3 x expert (EP), tensor (TP) and sequence (SP) parallelism x micro-batch x activation
-checkpointing x offload, as far as the preflight accepts them, at the same tokens per optimizer step: the peak memory of
-the fullest GPU, split by what holds it, and the time of a step. "skew" is room for a GPU whose experts get more tokens
-than the mean. Memory and time are those of a model of DeepSpeed 0.19.8 in bf16 with AdamW and TRL's loss; what was
-compared with it is in benchmarks/. EP above 1 is DeepSpeed's AutoEP; without EP it is the plain Hugging Face model.
+Compared are ZeRO 1 to 3 x expert (EP), tensor (TP) and sequence (SP) parallelism x micro-batch x activation
+checkpointing x offload, as far as the preflight accepts them, all with the same tokens in an optimizer step. EP above 1
+is DeepSpeed's AutoEP; without EP it is the plain Hugging Face model.
 
-Nothing fits: exit code 2, and what would fit.
+Three tables have one row for each layout, the best first:
+
+    layouts   the batch (sequences of a micro-batch x micro-batches of a step), activation checkpointing (ckpt), the
+              memory that a GPU needs, the time of a step, tokens a second and GPU, model FLOP utilisation
+    memory    the peak of the fullest GPU by what holds it; "skew" is room for a GPU whose experts get more tokens than
+              the mean, "other" the CUDA context, NCCL and fragments
+    time      of a step, by what it is spent on
+
+Layouts that are equal in every figure share one row, which names them all, those after the first behind a "=":
+
+    1  ZeRO-1  4 x 1    no  110.0   yes    0.33     49,287  25%
+    =  ZeRO-2
+
+The figures come from a model of DeepSpeed 0.19.8 in bf16 with AdamW and TRL's loss. benchmarks/plan.md says how far it
+was off where it was compared with runs.
+
+Exit code 2: the request cannot be planned, or nothing fits; then the lines say what would fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moe_models.errors import UserError, exit_with
+from moe_models.errors import Problems, UserError, run
 from moe_models.families.config_json import read_model_config
-from moe_models.planner.devices import device_names, read_device
-from moe_models.planner.predict import GIB
+from moe_models.families.model import Model
+from moe_models.files import write
+from moe_models.planner.devices import GIB, device_names, read_device
 from moe_models.planner.search import Plan, Request, nothing_fits, search
 from moe_models.preflight.liger import no_kernels
 
 MEASURED_GPUS = 4
 """Most GPUs that the step-time model was compared with."""
 NEAR_MISSES = 2
-"""Layouts that do not fit, shown below those that do."""
-PARTS = ("parameters", "gradients", "optimizer", "activations", "dispatch", "buffers", "skew", "outside")
+"""Rows of layouts that do not fit, shown below those that do."""
+SEQUENCES_OF_A_GPU = 4
+"""Sequences in an optimizer step for each GPU, where --global_batch_size does not say."""
+AS_FAST = 0.005
+"""Layouts whose speeds differ by less are as fast as each other: the model is not better than that."""
+PARTS = {
+    "parameters": "weights",
+    "gradients": "grads",
+    "optimizer": "optim.",
+    "activations": "activ.",
+    "dispatch": "dispatch",
+    "buffers": "buckets",
+    "skew": "skew",
+    "outside": "other",
+}
+"""Fields of :class:`~moe_models.planner.memory.Memory`, and the columns of their table."""
 TIMES = {"compute": "compute", "all_to_all": "all-to-all", "reduce_gather": "reduce, gather", "optimizer": "optimizer"}
+"""Fields of :class:`~moe_models.planner.step_time.StepTime`, and the columns of their table."""
 
 
-def main() -> int:
-    """Read, search, print, write."""
-    arguments = parse(sys.argv[1:])
-    try:
-        run(arguments)
-    except UserError as error:
-        exit_with(error)
+def main(words: list[str]) -> int:
+    """Read, search, print, write. Raises UserError for a request that cannot be planned, and where nothing fits."""
+    arguments = parse(words)
+    request = read(arguments)
+    plans = search(request)
+    if not any(plan.fits for plan in plans):
+        raise UserError(nothing_fits(request, plans))
+    print_plans(request, plans, arguments)
+    if arguments.write:
+        write(arguments.write, json.dumps(plans[0].case.ds.raw, indent=2) + "\n")
+        Console(highlight=False).print(f"\nwritten: {arguments.write}", markup=False)
     return 0
 
 
@@ -61,81 +94,168 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="a folder with a config.json, or a hub id")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="GPUs in one node (8)")
-    parser.add_argument("--device", required=True, help=f"one of {', '.join(device_names())}")
+    parser.add_argument("--device", required=True, help=f"the GPU: one of {', '.join(device_names())}")
     parser.add_argument("--seq_length", type=int, required=True, help="tokens in one sequence (packed or padded to it)")
-    parser.add_argument("--global_batch_size", type=int, help="sequences in one optimizer step (4 for each GPU)")
+    parser.add_argument(
+        "--global_batch_size",
+        type=int,
+        help=f"sequences in one optimizer step, all GPUs together ({SEQUENCES_OF_A_GPU} for each GPU)",
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the ds_config of the best layout")
-    parser.add_argument("--calibration", nargs="+", default=[], metavar="FILE", help="measured figures of the machine")
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="measured figures of the machine (calibration.json); a later file wins, key by key",
+    )
     parser.add_argument("--skew", type=float, default=1.3, help="tokens of the fullest expert over the mean (1.3)")
     parser.add_argument("--host_gib", type=float, default=1000, help="host memory of a node for offloading (1000)")
     parser.add_argument("--use_liger_kernel", action="store_true", help="the run uses Liger's kernels")
-    parser.add_argument("--top", type=int, default=6, help="layouts to show (6)")
+    parser.add_argument("--top", type=int, default=6, help="rows to show (6)")
     return parser.parse_args(words)
 
 
 def read(arguments: argparse.Namespace) -> Request:
     """The request; raises UserError with everything wrong in it."""
-    problems = [
-        f"--{name} {value}: must be at least 1"
-        for name in ("gpus", "gpus_per_node", "seq_length", "global_batch_size", "skew", "top")
-        if (value := getattr(arguments, name)) is not None and value < 1
-    ]
-    if not problems and arguments.gpus > arguments.gpus_per_node and arguments.gpus % arguments.gpus_per_node:
-        problems.append(
+    problems = Problems()
+
+    # 1. The flags by themselves.
+    for name in ("gpus", "gpus_per_node", "seq_length", "global_batch_size", "skew", "top"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            problems.add(f"--{name} {value}: must be at least 1")
+    numbers_are_right = not problems.lines
+    if numbers_are_right and arguments.gpus > arguments.gpus_per_node and arguments.gpus % arguments.gpus_per_node:
+        problems.add(
             f"--gpus {arguments.gpus}: is not a whole number of nodes of --gpus_per_node {arguments.gpus_per_node}"
         )
     if arguments.write and (arguments.write.is_dir() or not arguments.write.resolve().parent.is_dir()):
-        problems.append(f"--write {arguments.write}: must be a file in a folder that is there")
-    config, device = {}, None
-    try:
+        problems.add(f"--write {arguments.write}: must be a file in a folder that is there")
+
+    # 2. What they name.
+    with problems.note():
         device = read_device(arguments.device, arguments.calibration)
-    except UserError as error:
-        problems += error.problems
-    try:
+    with problems.note():
         config = read_model_config(arguments.model_name_or_path)
         if arguments.use_liger_kernel:
-            problems += no_kernels(config, "--use_liger_kernel")
-    except UserError as error:
-        problems += error.problems
-    if problems or device is None:
-        raise UserError(problems)
+            problems.add(*no_kernels(config, "--use_liger_kernel"))
+    problems.refuse()
+
     return Request(
-        config=config,
+        model=Model.of(config),
         gpus=arguments.gpus,
         gpus_per_node=min(arguments.gpus_per_node, arguments.gpus),
         device=device,
         length=arguments.seq_length,
-        batch=arguments.global_batch_size or 4 * arguments.gpus,
+        batch=arguments.global_batch_size or SEQUENCES_OF_A_GPU * arguments.gpus,
         skew=arguments.skew,
         liger=arguments.use_liger_kernel,
         host_gib=arguments.host_gib,
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Print the plan and write its file. Raises UserError if nothing fits."""
-    request = read(arguments)
-    plans = search(request)
-    fitting = [plan for plan in plans if plan.fits]
-    if not fitting:
-        raise UserError(nothing_fits(request, plans))
-    shown = [*fitting[: arguments.top], *plans[len(fitting) : len(fitting) + NEAR_MISSES]]
-    console = Console(highlight=False)
+def print_plans(request: Request, plans: list[Plan], arguments: argparse.Namespace) -> None:
+    """What was asked, the three tables, why the first row is the first, and its command."""
+    rows = rows_of(plans)
+    fitting = [row for row in rows if row.fits]
+    others = [row for row in rows if not row.fits]
+    shown = [*fitting[: arguments.top], *others[:NEAR_MISSES]]
+    number_fitting = sum(plan.fits for plan in plans)
     tokens = request.batch * request.length
+
+    console = Console(highlight=False)
     console.print(
         f"[bold]{request.gpus} x {request.device.name}[/bold], {request.batch} sequences of {request.length} tokens in "
-        f"a step ({tokens / 1e6:.2f} million tokens); {len(plans)} layouts, {len(fitting)} fit\n"
+        f"a step ({tokens / 1e6:.2f} million tokens); {len(plans)} layouts, {number_fitting} fit\n"
     )
     console.print(ranking(shown), memory_table(shown, request), time_table(shown), sep="\n")
     console.print(f"[bold]why[/bold]  {why(plans)}\n")
-    console.print(command(fitting[0], arguments))
+    console.print(command(plans[0], arguments))
     for line in request.device.measured:
         console.print(f"calibrated by: {line}", markup=False)
     if request.gpus > MEASURED_GPUS:
         console.print(f"[dim]By model: it was compared with runs on at most {MEASURED_GPUS} GPUs of one node.[/dim]")
-    if arguments.write:
-        write(arguments.write, fitting[0].ds.raw)
-        console.print(f"\nwritten: {arguments.write}", markup=False)
+
+
+# --- the rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """Layouts that are equal in every figure that is printed, the best first."""
+
+    plans: tuple[Plan, ...]
+
+    @property
+    def first(self) -> Plan:
+        """The plan whose figures are printed."""
+        return self.plans[0]
+
+    @property
+    def fits(self) -> bool:
+        """Whether they fit."""
+        return self.first.fits
+
+    @property
+    def style(self) -> str:
+        """Of the row in a table."""
+        return "" if self.fits else "dim"
+
+    @property
+    def name(self) -> str:
+        """Their names in a sentence: ``ZeRO-1 = ZeRO-2``, with ``= 4 more`` from the third on."""
+        names = [plan.name for plan in self.plans[:2]]
+        more = len(self.plans) - len(names)
+        if more:
+            names.append(f"{more} more")
+        return " = ".join(names)
+
+    def cells(self, number: int) -> tuple[str, str]:
+        """The first two cells of the row: its number and below it a "=" for each equal layout, and all names."""
+        marks = [str(number)] + ["="] * (len(self.plans) - 1)
+        names = [plan.name for plan in self.plans]
+        return "\n".join(marks), "\n".join(names)
+
+
+def rows_of(plans: list[Plan]) -> list[Row]:
+    """The plans in their order, those with equal figures together at the place of the first of them."""
+    equal: dict[tuple[str, ...], list[Plan]] = {}
+    for plan in plans:
+        figures = (*ranking_cells(plan), *memory_cells(plan), *time_cells(plan))
+        equal.setdefault(figures, []).append(plan)
+    return [Row(tuple(group)) for group in equal.values()]
+
+
+def ranking_cells(plan: Plan) -> list[str]:
+    """Batch, checkpointing, memory, whether it fits, and speed."""
+    prediction, work = plan.prediction, plan.case.work
+    return [
+        f"{work.micro_batch} x {work.accumulation}",
+        "yes" if work.recompute else "no",
+        f"{prediction.memory.needed / GIB:.1f}",
+        "yes" if plan.fits else "no",
+        f"{prediction.time.total:.2f}",
+        f"{prediction.tokens_per_s:,.0f}",
+        f"{prediction.mfu:.0%}",
+    ]
+
+
+def memory_cells(plan: Plan) -> list[str]:
+    """GiB by what holds them, those of the host last."""
+    memory = plan.prediction.memory
+    parts = [f"{getattr(memory, part) / GIB:.1f}" for part in PARTS]
+    return [*parts, f"{plan.host_gib:.0f}"]
+
+
+def time_cells(plan: Plan) -> list[str]:
+    """Milliseconds by what they are spent on, their sum last."""
+    time = plan.prediction.time
+    parts = [f"{1e3 * getattr(time, part):,.0f}" for part in TIMES]
+    return [*parts, f"{1e3 * time.total:,.0f}"]
+
+
+# --- the tables
 
 
 def _table(title: str, names: list[str]) -> Table:
@@ -147,108 +267,160 @@ def _table(title: str, names: list[str]) -> Table:
     return table
 
 
-def ranking(plans: list[Plan]) -> Table:
-    """One row for each layout, the best first."""
+def ranking(rows: list[Row]) -> Table:
+    """The best row first."""
     table = _table("layouts", ["", "layout", "batch", "ckpt", "GiB", "fits", "s/step", "tok/s/GPU", "MFU"])
-    for number, plan in enumerate(plans, 1):
-        p, work = plan.prediction, plan.work
-        table.add_row(
-            str(number), plan.name, f"{work.micro_batch} x {work.accumulation}", "yes" if work.recompute else "no",
-            f"{p.memory.needed / GIB:.1f}", "yes" if plan.fits else "no", f"{p.time.total:.2f}",
-            f"{p.tokens_per_s:,.0f}", f"{p.mfu:.0%}", style="" if plan.fits else "dim",
-        )  # fmt: skip
+    for number, row in enumerate(rows, 1):
+        table.add_row(*row.cells(number), *ranking_cells(row.first), style=row.style)
     return table
 
 
-def memory_table(plans: list[Plan], request: Request) -> Table:
+def memory_table(rows: list[Row], request: Request) -> Table:
     """Where the memory of the fullest GPU goes."""
-    usable = f"peak memory of a GPU in GiB, of {request.device.usable_gib:.1f}"
-    short = ["weights", "grads", "optim.", "activ.", "dispatch", "buckets", "skew", "other"]
-    table = _table(usable, ["", *short, "host/node"])
-    for number, plan in enumerate(plans, 1):
-        parts = [f"{getattr(plan.prediction.memory, part) / GIB:.1f}" for part in PARTS]
-        table.add_row(str(number), *parts, f"{plan.host_gib:.0f}", style="" if plan.fits else "dim")
+    title = f"peak memory of a GPU in GiB, of {request.device.usable_gib:.1f}"
+    table = _table(title, ["", *PARTS.values(), "host/node"])
+    for number, row in enumerate(rows, 1):
+        table.add_row(str(number), *memory_cells(row.first), style=row.style)
     return table
 
 
-def time_table(plans: list[Plan]) -> Table:
+def time_table(rows: list[Row]) -> Table:
     """Where the time of a step goes."""
     table = _table("time of a step in ms, what is hidden left out", ["", *TIMES.values(), "in all"])
-    for number, plan in enumerate(plans, 1):
-        time = plan.prediction.time
-        parts = [f"{1e3 * getattr(time, part):,.0f}" for part in TIMES]
-        table.add_row(str(number), *parts, f"{1e3 * time.total:,.0f}", style="" if plan.fits else "dim")
+    for number, row in enumerate(rows, 1):
+        table.add_row(str(number), *time_cells(row.first), style=row.style)
     return table
+
+
+# --- why
 
 
 def why(plans: list[Plan]) -> str:
-    """What the first layout wins over the second, and what it pays."""
-    fitting = [plan for plan in plans if plan.fits]
+    """What the first row wins over the next one that really differs, and what it pays."""
+    rows = rows_of(plans)
+    fitting = [row for row in rows if row.fits]
     first = fitting[0]
+    for row in fitting[1:]:
+        if _differ(first.first, row.first):
+            return _comparison(first, row)
+    return _nothing_to_compare([plan for row in fitting for plan in row.plans], plans)
+
+
+def _nothing_to_compare(fitting: list[Plan], plans: list[Plan]) -> str:
+    """Where all that fit are one layout, or several that are equal."""
     if len(fitting) == 1:
-        if len(plans) == 1:
-            return f"{first.name} is the only layout there is."
-        least = min((plan for plan in plans[1:]), key=lambda plan: plan.prediction.memory.needed)
-        return (
-            f"{first.name} is the only layout that fits; the next, {least.name}, needs "
-            f"{least.prediction.memory.needed / GIB:.0f} GiB and {least.host_gib:.0f} GiB of the host."
-        )
-    second = fitting[1]
-    gains = {part: getattr(second.prediction.time, part) - getattr(first.prediction.time, part) for part in TIMES}
-    part, gain = max(gains.items(), key=lambda item: item[1])
-    other, loss = min(gains.items(), key=lambda item: item[1])
-    faster = first.prediction.tokens_per_s / second.prediction.tokens_per_s - 1
-    spare = (second.prediction.memory.needed - first.prediction.memory.needed) / GIB
-    if faster < 0.005 and spare > 0:
-        return f"{first.name} is as fast as {second.name} within 0.5% and leaves {spare:.1f} GiB more free."
-    text = f"{first.name} beats {second.name} by {faster:.1%}: {1e3 * gain:,.0f} ms a step less for {TIMES[part]}"
-    if reason := _reason(part, first, second):
+        name = fitting[0].name
+        alone = f"{name} is the only layout there is."
+        only = f"{name} is the only layout that fits"
+    else:
+        names = ", ".join(plan.name for plan in fitting[:-1]) + f" and {fitting[-1].name}"
+        alone = f"{names} are equal in time and memory; there is no other layout."
+        only = f"{names} are equal in time and memory, and no other layout fits"
+    others = [plan for plan in plans if not plan.fits]
+    if not others:
+        return alone
+    least = min(others, key=lambda plan: plan.prediction.memory.needed)
+    needed = least.prediction.memory.needed / GIB
+    return f"{only}; the next, {least.name}, needs {needed:.0f} GiB and {least.host_gib:.0f} GiB of the host."
+
+
+def _faster(first: Plan, second: Plan) -> float:
+    """How much faster the first is: 0.1 is 10%."""
+    return first.prediction.tokens_per_s / second.prediction.tokens_per_s - 1
+
+
+def _spare_gib(first: Plan, second: Plan) -> float:
+    """GiB that the first leaves free and the second does not."""
+    return (second.prediction.memory.needed - first.prediction.memory.needed) / GIB
+
+
+def _differ(first: Plan, second: Plan) -> bool:
+    """Whether the speeds or the memory of two plans differ by what would be printed."""
+    return abs(_faster(first, second)) >= 0.0005 or abs(_spare_gib(first, second)) >= 0.05
+
+
+def _comparison(one: Row, other: Row) -> str:
+    first, second = one.first, other.first
+    faster = _faster(first, second)
+    spare = _spare_gib(first, second)
+
+    # 1. As fast as the next: memory decides.
+    if faster < AS_FAST and spare >= 0.05:
+        return f"{one.name} is as fast as {other.name} within 0.5% and leaves {spare:.1f} GiB more free."
+    if faster < 0.0005:
+        more = f"{-spare:.1f} GiB more" if spare <= -0.05 else "as much memory"
+        return f"{one.name} is as fast as {other.name} within 0.5% and needs {more}."
+
+    # 2. Faster: by the part of the step in which it wins most, against the one in which it loses most. In seconds.
+    gains = {}
+    for part in TIMES:
+        gains[part] = getattr(second.prediction.time, part) - getattr(first.prediction.time, part)
+    best = max(gains, key=lambda part: gains[part])
+    worst = min(gains, key=lambda part: gains[part])
+    text = f"{one.name} beats {other.name} by {faster:.1%}: {1e3 * gains[best]:,.0f} ms a step less for {TIMES[best]}"
+    reason = _reason(best, first, second)
+    if reason:
         text += f" ({reason})"
-    if -loss > 0.05 * gain:
-        text += f", against {-1e3 * loss:,.0f} ms more for {TIMES[other]}"
+    if -gains[worst] > 0.05 * gains[best]:
+        text += f", against {-1e3 * gains[worst]:,.0f} ms more for {TIMES[worst]}"
     return text + "."
 
 
 def _reason(part: str, first: Plan, second: Plan) -> str:
-    one, two = first.ds, second.ds
-    if part == "compute":
-        if second.work.recompute and not first.work.recompute:
-            return "no activation is computed twice"
-        if first.work.micro_batch > second.work.micro_batch:
-            return f"micro-batches of {first.work.micro_batch} instead of {second.work.micro_batch} sequences"
-        if one.ep_size > two.ep_size:
-            return "more rows for each expert in one product"
-        return "no GPU waits for the one with the fullest experts" if one.ep_size < two.ep_size else ""
-    if part == "all_to_all":
-        return "fewer tokens leave the GPU" if one.ep_size <= two.ep_size else ""
-    if part == "optimizer":
-        return "nothing waits for the host" if second.offload and not first.offload else "fewer states on each GPU"
-    if two.zero_stage == 3 and one.zero_stage < 3:
+    """Why ``first`` spends less time on this part of a step; empty where there is no short answer."""
+    match part:
+        case "compute":
+            return _reason_of_compute(first, second)
+        case "all_to_all":
+            fewer = first.case.ds.ep_size <= second.case.ds.ep_size
+            return "fewer tokens leave the GPU" if fewer else ""
+        case "optimizer":
+            on_host = second.offload and not first.offload
+            return "nothing waits for the host" if on_host else "fewer states on each GPU"
+        case _:
+            return _reason_of_reduce_gather(first, second)
+
+
+def _reason_of_compute(first: Plan, second: Plan) -> str:
+    work, other_work = first.case.work, second.case.work
+    ep, other_ep = first.case.ds.ep_size, second.case.ds.ep_size
+    if other_work.recompute and not work.recompute:
+        return "no activation is computed twice"
+    if work.micro_batch > other_work.micro_batch:
+        return f"micro-batches of {work.micro_batch} instead of {other_work.micro_batch} sequences"
+    if ep > other_ep:
+        return "more rows for each expert in one product"
+    if ep < other_ep:
+        return "no GPU waits for the one with the fullest experts"
+    return ""
+
+
+def _reason_of_reduce_gather(first: Plan, second: Plan) -> str:
+    ds, other = first.case.ds, second.case.ds
+    if other.zero_stage == 3 and ds.zero_stage < 3:
         return "ZeRO-3 gathers every weight for each pass"
-    if one.ep_size > two.ep_size:
+    if ds.ep_size > other.ep_size:
         return "experts that stay where they are need no gathering and fewer reductions"
-    if two.tp_size > one.tp_size:
+    if other.tp_size > ds.tp_size:
         return "no sums over tensor-parallel peers"
-    return "gradients travel once a step" if two.zero_stage == 2 and first.work.accumulation > 1 else ""
+    if other.zero_stage == 2 and first.case.work.accumulation > 1:
+        return "gradients travel once a step"
+    return ""
 
 
 def command(plan: Plan, arguments: argparse.Namespace) -> str:
-    """The flags that make the run the first row."""
-    work = plan.work
+    """The flags that make the run of a plan."""
+    work = plan.case.work
     file = arguments.write or "mine.json"
-    return ("" if arguments.write else "--write mine.json writes the ds_config of the first. ") + (
-        f"Its run: recipes/finetune.py --deepspeed {file} --max_length {work.length} --per_device_train_batch_size "
-        f"{work.micro_batch} --gradient_accumulation_steps {work.accumulation} --gradient_checkpointing "
-        f"{str(work.recompute).lower()}{' --use_liger_kernel' if arguments.use_liger_kernel else ''}"
+    how = "" if arguments.write else "--write mine.json writes the ds_config of the first. "
+    flags = (
+        f"--deepspeed {file} --max_length {work.length} --per_device_train_batch_size {work.micro_batch} "
+        f"--gradient_accumulation_steps {work.accumulation} --gradient_checkpointing {str(work.recompute).lower()}"
     )
-
-
-def write(path: Path, raw: dict[str, Any]) -> None:
-    """Write the ds_config under a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    if arguments.use_liger_kernel:
+        flags += " --use_liger_kernel"
+    return f"{how}Its run: recipes/finetune.py {flags}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

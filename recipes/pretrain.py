@@ -11,23 +11,29 @@
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 recipes/pretrain.py --config_name model_configs/prmoe-tiny.json ... \\
         --deepspeed ds_configs/zero1_ep2_native.json
 
-Data, flags, results and more than one machine are as in recipes/finetune.py. Other defaults: text is packed to
---max_length tokens, learning rate 3e-4 with cosine decay, beta2 0.95, weight decay 0.1. All ranks draw the same weights
-from --seed, in every layout; each has the whole model in host memory for that. The ids of special tokens come from the
-tokenizer.
+Data, flags, results, exit codes and more than one machine are as in recipes/finetune.py. These defaults differ: text is
+packed to --max_length tokens, learning rate 3e-4 with cosine decay, beta2 0.95, weight decay 0.1.
+
+All ranks draw the same weights from --seed, in every layout. For that each rank has the whole model in host memory. The
+ids of special tokens come from the tokenizer.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from command_line import ModelFlags, RecipeArguments
-from finetune import main
-from moe_models.errors import UserError
-from moe_models.ranks import RANK
+from finetune import train, weights_dtype
+from moe_models.errors import UserError, one_line, run, unknown_key, warn
+from moe_models.nodes.watch import end_with
+from moe_models.ranks import rank
+
+
+def main(words: list[str]) -> int:
+    """Train a model that starts from random weights."""
+    return train(words, __doc__ or "", FROM_CONFIG, new_model)
 
 
 @dataclass
@@ -47,25 +53,31 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple[Any, Any]:
-    """(model with random weights, tokenizer). Raises UserError if one of them cannot be had, or they do not fit."""
-    import torch
+    """(model with random weights, tokenizer).
+
+    Raises UserError if config or tokenizer cannot be read, or if they do not fit together or to the data.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
     import moe_models.prmoe  # noqa: F401 (for AutoConfig)
     from moe_models.data import check_chat_template
     from moe_models.engine.plain_transformers import without_zero3
-    from moe_models.errors import unknown_key
 
+    # 1. The config, with the special tokens of the tokenizer.
     given = read_config(recipe.config_name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer_name)
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         config = AutoConfig.for_model(**{**given, **special})
     except Exception as error:  # whatever transformers says of values, files and names that it cannot use
-        raise UserError(f"{recipe.config_name} or {recipe.tokenizer_name}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{recipe.config_name} or {recipe.tokenizer_name}: {one_line(error)}") from error
+
+    # 2. transformers keeps keys that it does not know; the user who mistyped one should hear of it.
     known = {*type(config)().to_dict(), *type(config).attribute_map, "torch_dtype", "rope_theta", "rope_scaling"}
-    for key in sorted(set(given) - known) if RANK == 0 else ():
-        print(f"warning: {recipe.config_name}: {unknown_key('', key, given[key], known)}", flush=True)
+    unknown = sorted(set(given) - known)
+    warn([f"{recipe.config_name}: {unknown_key('', key, given[key], known)}" for key in unknown], rank=rank())
+
+    # 3. Does the tokenizer fit the model, and the data the tokenizer?
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"--tokenizer_name {recipe.tokenizer_name}: has {len(tokenizer)} tokens, and vocab_size = "
@@ -73,14 +85,14 @@ def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple
         )
     if not args.chat_template_path:
         check_chat_template(tokenizer, train_rows, recipe.tokenizer_name)
+
+    # 4. The weights. Under ZeRO-3 transformers would draw other numbers: the layout would change the model.
     set_seed(args.seed)
-    with without_zero3():  # there transformers would draw other numbers, and the layout would change the model
+    with without_zero3():
         model = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation=model_args.attn_implementation,
-            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+            config, attn_implementation=model_args.attn_implementation, dtype=weights_dtype(args)
         )
-    if RANK == 0:
+    if rank() == 0:
         size = model.num_parameters() / 1e6
         print(f"model: {config.model_type}, {size:,.1f} million parameters, drawn with seed {args.seed}")
     return model, tokenizer
@@ -101,4 +113,4 @@ FROM_CONFIG = ModelFlags(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", FROM_CONFIG, new_model))
+    run(main, end=end_with)

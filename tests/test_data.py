@@ -231,14 +231,14 @@ def evaluation_loss(arguments: list[str]) -> dict[str, Any]:
 
 
 def what_it_says(arguments: list[str]) -> str:
-    """Standard output while the trainer is built."""
+    """The warnings while the trainer is built."""
     import contextlib
     import io
 
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stderr(said):
         start_in_cluster(arguments)
-    return said.getvalue()
+    return "\n".join(line for line in said.getvalue().splitlines() if line.startswith("warning: "))
 
 
 def test_rows_that_are_cut_are_counted(clusters: Callable[[int], Cluster], model: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Layouts and links, measured. Imports: everything above."""
+"""Layouts and links, measured: what ``recipes/bench.py`` and ``recipes/bench_alltoall.py`` run. Imports: everything."""

@@ -24,22 +24,27 @@ def run_bare(job: dict[str, Any], clock: Clock, device: torch.device) -> dict[st
     from moe_models.engine.autoep import register_presets
     from moe_models.engine.cpu import adapt_for_cpu
 
+    # 1. The JSON, with numbers for what HF's Trainer would fill in.
     config = copy.deepcopy(load_ds_config(job["json_path"]).deepspeed)
     if device.type != "cuda":
         config = adapt_for_cpu(config)[0]
     params = config.get("optimizer", {}).get("params", {})
-    params.update({key: ADAMW[key] for key, value in params.items() if value == "auto"})
+    for key, value in params.items():
+        if value == "auto":
+            params[key] = ADAMW[key]
     config |= {
         "train_micro_batch_size_per_gpu": job["micro_batch"],
         "gradient_accumulation_steps": job["accumulation"],
         "gradient_clipping": CLIP,
     }
     config.pop("train_batch_size", None)
+    # 2. Model and engine.
     register_presets()
     model = build_model(job, device)
     if job["checkpointing"]:
         model.gradient_checkpointing_enable()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    # 3. The loop. The loss is summed on the device: reading it would make the host wait.
     tap = _Tap(engine.module, job, device)
     clock.on_profile = tap.attach
     clock.begin(engine.optimizer)
@@ -58,23 +63,22 @@ def run_bare(job: dict[str, Any], clock: Clock, device: torch.device) -> dict[st
 
 
 def run_transformers_ep(job: dict[str, Any], clock: Clock, device: torch.device) -> dict[str, Any]:
-    """transformers' expert parallelism: FSDP2 on one mesh, the experts on another; fp32 weights, bf16 computation.
-
-    torch's clip_grad_norm_ refuses gradients on two meshes, so the norm is the sum over every rank's shards: no two
-    ranks hold the same element.
-    """
+    """transformers' expert parallelism: FSDP2 on one mesh, the experts on another; fp32 weights, bf16 computation."""
     from transformers.distributed import DistributedConfig
 
+    # 1. The model, spread over the ranks.
     world = dist.get_world_size()
+    on_gpu = device.type == "cuda"
     model = build_model(job, device)
-    if device.type == "cuda":
+    if on_gpu:
         model = model.float()
-    layout = DistributedConfig(ep_size=job["ep_size"], fsdp_size=world, fsdp_mixed_precision=device.type == "cuda")
+    layout = DistributedConfig(ep_size=job["ep_size"], fsdp_size=world, fsdp_mixed_precision=on_gpu)
     layout, _, meshes = type(model).prepare_distribute_model(layout)
     model = type(model).maybe_distribute_model(model, layout, meshes)
     if job["checkpointing"]:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, fused=on_gpu)
+    # 2. The loop: gradients are exchanged in the last micro-batch of a step only.
     tap = _Tap(model, job, device)
     clock.on_profile = tap.attach
     clock.begin(optimizer)
@@ -95,33 +99,47 @@ def run_transformers_ep(job: dict[str, Any], clock: Clock, device: torch.device)
 
 @torch.no_grad()
 def clip_shards(parameters: Any, limit: float) -> torch.Tensor:
-    """Scale gradients that are DTensors without replicas to a norm of at most ``limit``; returns the norm."""
-    shards = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in parameters if p.grad is not None]
+    """Scale gradients that are DTensors without replicas to a norm of at most ``limit``; returns the norm. Collective.
+
+    torch's clip_grad_norm_ refuses gradients on two meshes.
+    """
+    # 1. This rank's shards.
+    shards = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None:
+            shards.append(gradient.to_local() if hasattr(gradient, "to_local") else gradient)
+    # 2. The norm over all ranks: no two of them hold the same element, so squares add up.
     norms = torch._foreach_norm([shard for shard in shards if shard.numel()])
     squares = torch.stack(norms).float().square().sum()
     dist.all_reduce(squares)
     norm = squares.sqrt()
-    torch._foreach_mul_(shards, (limit / (norm + 1e-6)).clamp(max=1.0))
+    # 3. Scaled in place, as torch does it.
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(shards, factor)
     return norm
 
 
 def _batches(job: dict[str, Any], clock: Clock, device: torch.device) -> Any:
     """For each optimizer step the micro-batches of this rank, as a data collator makes them."""
+    # Rows lie as HF's sampler deals them out: by step, then micro-batch, then rank.
     rows = make_rows(job, clock.total)
     shape = (clock.total, job["accumulation"], dist.get_world_size(), job["micro_batch"], job["seq_length"])
     for step in rows.view(shape):
-        ids = step[:, dist.get_rank()].to(device)
-        yield [
-            {"input_ids": x, "labels": x, "attention_mask": torch.ones_like(x), "use_cache": False}
-            for x in ids.unbind()
-        ]
+        batches = []
+        for ids in step[:, dist.get_rank()].to(device).unbind():
+            mask = torch.ones_like(ids)
+            batches.append({"input_ids": ids, "labels": ids, "attention_mask": mask, "use_cache": False})
+        yield batches
 
 
 class _Tap:
     """Counts the routers' choices in the profiled steps of a loop that has no MoETrainer."""
 
     def __init__(self, model: Any, job: dict[str, Any], device: torch.device) -> None:
-        self._model, self._job, self._device = model, job, device
+        self._model = model
+        self._job = job
+        self._device = device
         self._stats: LoadStats | None = None
 
     def attach(self) -> None:
@@ -133,12 +151,13 @@ class _Tap:
         config = self._job["model_config"]
         family = FAMILIES[config["model_type"]]
         found = find_blocks(self._model)
-        blocks, experts = [block.path for block in found], family.expert_counts(config)
-        self._stats = LoadStats(blocks, experts, self._job["ep_size"], score_function(found[0]), self._device)
+        paths = [block.path for block in found]
+        experts = family.expert_counts(config)
+        self._stats = LoadStats(paths, experts, self._job["ep_size"], score_function(found[0]), self._device)
         RouterTap(self._model, found, self._stats)
 
     def new_step(self) -> None:
-        """Count the coming optimizer step alone."""
+        """Forget what was counted: only the coming optimizer step counts."""
         if self._stats is not None:
             self._stats.reset(training=True)
 

@@ -2,6 +2,8 @@
 
 Warm-up steps, timed steps, then profiled steps, in this order: the profiler slows what it watches. On CUDA the ends of
 steps are events on the stream, so that nothing waits for the clock.
+
+Times are seconds, except those of the profiler's events, which are microseconds.
 """
 
 from __future__ import annotations
@@ -16,17 +18,28 @@ from typing import Any
 import torch
 
 GIB = 2**30
+MOST_KERNELS = 25
+"""Kernels that are listed by name, those with the most time first."""
+NAME_LENGTH = 120
+"""Characters of a kernel's name: templates that begin alike count as one kernel."""
+
+Span = tuple[float, float]
+"""(start, end) in microseconds."""
 
 
 class Clock:
-    """Call :meth:`begin` when the engine stands, and :meth:`step_end` after each optimizer step."""
+    """Call :meth:`begin` when everything is built, and :meth:`step_end` after each optimizer step."""
 
     def __init__(self, device: torch.device, warmup: int, steps: int, profiled: int) -> None:
-        self.device, self.warmup, self.steps, self.profiled = device, warmup, steps, profiled
+        self.device = device
+        self.warmup = warmup
+        self.steps = steps
+        self.profiled = profiled
         self.on_profile: Callable[[], None] = lambda: None
         """Called before the profiled steps."""
         self.figures: dict[str, Any] = {}
-        self._marks: list[Any] = []
+        """What was measured. ``*_share`` are parts of the time of the profiled steps."""
+        self._marks: list[Any] = []  # the beginning, then the end of every step
         self._profiler: Any = None
         self._optimizer_spans: list[tuple[Any, Any]] = []
 
@@ -51,6 +64,8 @@ class Clock:
             self._optimizer_spans.append((start, self._mark()))
             return result
 
+        # upstream: deepspeed 0.19.8: its engine offers no hook around optimizer.step, only timers that wait for the GPU
+        # in each step; torch's hooks of an optimizer are not called for ZeRO's. Remove when: it has such a hook.
         optimizer.step = timed_step
         self._marks.append(self._mark())
 
@@ -63,17 +78,19 @@ class Clock:
             if self.profiled:
                 self.on_profile()
                 self._start_profiler()
-                self._marks[-1] = self._mark()
+                self._marks[-1] = self._mark()  # the profiled steps begin here, after the profiler's own start
         elif done == self.total and self._profiler is not None:
             self._wait()
-            profiler, self._profiler = self._profiler, None
+            profiler = self._profiler
+            self._profiler = None
             try:
                 profiler.__exit__(None, None, None)
                 self._read_profile(profiler)
-            except Exception as error:  # of kineto: the times above stand without it
+            except Exception as error:  # of kineto: the times above hold without it
                 self.figures["profile_error"] = f"{type(error).__name__}: {error}"
 
     def _mark(self) -> Any:
+        """Now: a number of seconds, or on CUDA an event on the stream."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -81,16 +98,20 @@ class Clock:
         return event
 
     def _seconds(self, start: Any, end: Any) -> float:
-        return end - start if self.device.type != "cuda" else float(start.elapsed_time(end)) / 1e3
+        """Between two marks."""
+        if self.device.type != "cuda":
+            return float(end - start)
+        return float(start.elapsed_time(end)) / 1e3
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def _read_times(self) -> None:
+        """Step times and memory of the timed steps."""
         self._wait()
         ends = self._marks[self.warmup :]
-        seconds = [self._seconds(a, b) for a, b in pairwise(ends)]
+        seconds = [self._seconds(start, end) for start, end in pairwise(ends)]
         self.figures |= {
             "step_seconds": median(seconds),
             "step_seconds_mean": sum(seconds) / len(seconds),
@@ -106,49 +127,63 @@ class Clock:
 
     def _start_profiler(self) -> None:
         activity = torch.profiler.ProfilerActivity
-        self._profiler = torch.profiler.profile(
-            activities=[activity.CUDA if self.device.type == "cuda" else activity.CPU]
-        )
+        watched = activity.CUDA if self.device.type == "cuda" else activity.CPU
+        self._profiler = torch.profiler.profile(activities=[watched])
         self._profiler.__enter__()
 
     def _read_profile(self, profiler: Any) -> None:
+        """Shares of the profiled steps, all of them together."""
+        # 1. The whole, between marks of our own; the profiler's events lie within.
         whole = self._seconds(self._marks[-1 - self.profiled], self._marks[-1])
         optimizer = sum(self._seconds(start, end) for start, end in self._optimizer_spans)
         self.figures |= {"profiled_step_seconds": whole / self.profiled, "optimizer_share": optimizer / whole}
+
+        # 2. The events: those that talk to other ranks, those that work, and the time under each name. On CUDA these
+        #    are kernels. On CPU only gloo's are counted: everything else there is nested in one another.
         on_gpu = self.device.type == "cuda"
         prefix = "nccl" if on_gpu else "gloo:"
-        talking: list[tuple[float, float]] = []
+        talking: list[Span] = []
+        working: list[Span] = []
         named: list[tuple[float, float, str]] = []
-        working: list[tuple[float, float]] = []
-        by_name: dict[str, float] = {}
+        time_of: dict[str, float] = {}
         for event in profiler.events():
             if on_gpu != (event.device_type.name == "CUDA"):
                 continue
             if on_gpu and (event.name.startswith("Mem") or getattr(event, "is_user_annotation", False)):
                 continue  # copies take no multiprocessor; annotations span kernels that are listed themselves
-            span = (event.time_range.start, event.time_range.end)
+            start = event.time_range.start
+            end = event.time_range.end
+            name = event.name[:NAME_LENGTH]
             if event.name.lower().startswith(prefix):
-                talking.append(span)
+                talking.append((start, end))
             elif on_gpu:
-                working.append(span)
-            name = event.name[:120]  # templates that begin alike count as one kernel
-            named.append((*span, name))
+                working.append((start, end))
+            named.append((start, end, name))
             if on_gpu or event.name.startswith(prefix):
-                by_name[name] = by_name.get(name, 0.0) + span[1] - span[0]
-        together = covered(talking + working)
-        self.figures["communication_share"] = covered(talking) / 1e6 / whole
-        if on_gpu:  # what no other kernel hides, and the time in which the GPU had nothing to do
-            self.figures["exposed_communication_share"] = (together - covered(working)) / 1e6 / whole
-            self.figures["idle_share"] = max(0.0, 1 - together / 1e6 / whole)
-            waited = sorted(waits(named).items(), key=lambda item: -item[1])[:25]
-            self.figures["waited_for"] = {name: round(us / 1e6 / whole, 4) for name, us in waited}
-        longest = sorted(by_name.items(), key=lambda item: -item[1])[:25]
-        self.figures["longest_kernels"] = {name: round(us / 1e6 / whole, 4) for name, us in longest}
+                time_of[name] = time_of.get(name, 0.0) + end - start
+
+        # 3. Communication: overlapping events count once. On CUDA also what no other kernel hides, and the time in
+        #    which the GPU had nothing to do, by the kernel that it waited for.
+        microseconds = whole * 1e6
+        self.figures["communication_share"] = covered(talking) / microseconds
+        if on_gpu:
+            busy = covered(talking + working)
+            self.figures["exposed_communication_share"] = (busy - covered(working)) / microseconds
+            self.figures["idle_share"] = max(0.0, 1 - busy / microseconds)
+            self.figures["waited_for"] = _largest_shares(waits(named), microseconds)
+        self.figures["longest_kernels"] = _largest_shares(time_of, microseconds)
 
 
-def covered(spans: Iterable[tuple[float, float]]) -> float:
+def _largest_shares(time_of: dict[str, float], whole: float) -> dict[str, float]:
+    """Name -> share of ``whole``, the largest first."""
+    ranked = sorted(time_of.items(), key=lambda item: -item[1])
+    return {name: round(spent / whole, 4) for name, spent in ranked[:MOST_KERNELS]}
+
+
+def covered(spans: Iterable[Span]) -> float:
     """Length of the union of intervals."""
-    total, reached = 0.0, float("-inf")
+    total = 0.0
+    reached = float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)

@@ -1,8 +1,8 @@
 """The three ways in which recipes/bench.py trains: MoETrainer here, and the two of ``baselines.py``.
 
 All take the same model (random weights from one seed), the same tokens, AdamW with fp32 master weights, clipping at 1,
-and the auxiliary loss of the model's config. A row is run by all ranks; each function returns the figures that only it
-knows (loss, load of the experts).
+and the auxiliary loss of the model's config. All ranks run a row together. Each function returns the figures that the
+clock does not have: loss, load of the experts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class _ClockCallback(TrainerCallback):  # type: ignore[misc]
     """Drives the clock from where HF calls its callbacks; reads the load before the Trainer resets it."""
 
     def __init__(self, clock: Clock, trainer: Any) -> None:
-        self.clock, self.trainer = clock, trainer
+        self.clock = clock
+        self.trainer = trainer
         self.load: dict[str, float] = {}
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -49,11 +50,20 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
     from moe_models.families.table import FAMILIES
     from moe_models.trainer import MoETrainer
 
+    # 1. The JSON, and what differs without a GPU.
     ds = load_ds_config(job["json_path"])
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        deepspeed = ds.deepspeed
+        loader = GPU_LOADER
+    else:
+        deepspeed, _ = adapt_for_cpu(ds.deepspeed)
+        loader = {"accelerator_config": join_cpu_ranks(), "dataloader_pin_memory": False}
+    # 2. The rows, and those of the first step again: at the end of its rows a loader stops its workers, which took
+    #    25 ms of the last step.
     rows = make_rows(job, clock.total)
-    # More than it takes: at the end of its rows a loader stops its workers, which took 25 ms of the last step.
     rows = torch.cat([rows, rows[: len(rows) // clock.total]])
+    # 3. The trainer.
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
             output_dir=folder,
@@ -78,8 +88,8 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
             bf16=on_gpu and ds.precision == "bf16",
             fp16=on_gpu and ds.precision == "fp16",
             seed=job["seed"],
-            deepspeed=ds.deepspeed if on_gpu else adapt_for_cpu(ds.deepspeed)[0],
-            **(GPU_LOADER if on_gpu else {"accelerator_config": join_cpu_ranks(), "dataloader_pin_memory": False}),
+            deepspeed=deepspeed,
+            **loader,
         )
         model = build_model(job, device)
         if ds.moe.layer is not None:
@@ -94,14 +104,15 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
         callback = _ClockCallback(clock, trainer)
         trainer.add_callback(callback)
         trainer.train()
-        mine = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry][-1]
-        loss = mean_of_ranks(torch.tensor(mine, device=device))  # HF's is this rank's where nothing was logged
+        # 4. The loss over all steps. HF's is this rank's where nothing was logged.
+        logged = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry]
+        loss = mean_of_ranks(torch.tensor(logged[-1], device=device))
         destroy(trainer.model_wrapped)
     return {"loss": loss, **callback.load}
 
 
 def _tokenizer() -> Any:
-    """SFTTrainer asks for one; the rows are token ids already."""
+    """A tokenizer, because SFTTrainer asks for one; the rows are token ids already."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -111,3 +122,4 @@ def _tokenizer() -> Any:
 
 
 LOOPS = {"trainer": run_trainer, "bare": run_bare, "transformers_ep": run_transformers_ep}
+"""``BenchLayout.kind`` -> the loop."""

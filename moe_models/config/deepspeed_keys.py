@@ -1,6 +1,6 @@
 """What a ds_config JSON may say: DeepSpeed's keys as data, and AutoEP's section as a type.
 
-DeepSpeed reads its JSON with ``dict.get``: a misspelt key, or ``"auto"`` in a place that nobody fills, silently means
+DeepSpeed reads its JSON with ``dict.get``: a misspelt key, or ``"auto"`` in a place that nothing fills, silently means
 the default, and ``"expert_parallel": {"autoep_sizes": 8}`` trains without expert parallelism. The keys and types here
 were read from deepspeed 0.19.8; ``tests/config/test_config.py`` compares them with the installed DeepSpeed.
 """

@@ -10,12 +10,13 @@ from pydantic import Field, field_validator
 from moe_models.config.section import Section
 
 AutoEPPreset = Literal["mixtral", "qwen3_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "minimax_m3"]
-
+"""The presets of deepspeed 0.19.8."""
 
 ExpertActivation = Literal["swiglu", "geglu_tanh", "swiglu_clamped", "swiglu_oai"]
-
+"""The activations of its experts."""
 
 _ATTRIBUTE = r"^[^.]+$"
+"""The name of one attribute: no path."""
 
 
 class ExpertParallel(Section):
@@ -128,7 +129,8 @@ class ExpertParallel(Section):
                 'expert_parallel.combine_impl = "fused_weighted_sum" needs score_apply "post" or "auto"; '
                 "change one of them"
             )
-        groups, limited = self.num_expert_groups, self.num_limited_groups
+        groups = self.num_expert_groups
+        limited = self.num_limited_groups
         if groups is not None and limited is not None and limited > groups:
             problems.append(
                 f"expert_parallel.num_limited_groups = {limited} is more than num_expert_groups = {groups}; lower it"

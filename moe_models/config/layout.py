@@ -11,7 +11,9 @@ average their gradients; all four average the gradients of everything else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from moe_models.errors import UserError
 
@@ -35,6 +37,8 @@ def size_problems(
 ) -> list[str]:
     """One line for each size that does not fit, listing those that do; ``names`` maps a size to its JSON key."""
     names = names or {}
+
+    # 1. Sizes that are none. Nothing else can be said of them.
     sizes = {"world_size": world_size, "ep_size": ep_size, "tp_size": tp_size, "sp_size": sp_size, "pp": pp}
     problems = [
         f"{names.get(name, name)} = {size}: must be at least 1; set it to 1 to switch it off"
@@ -43,6 +47,8 @@ def size_problems(
     ]
     if problems:
         return problems
+
+    # 2. Each pipeline stage must have as many ranks, and each kind of group must divide a stage.
     if tp_size > 1 and sp_size > 1:
         problems.append(
             f"{names.get('tp_size', 'tp_size')} = {tp_size} and {names.get('sp_size', 'sp_size')} = {sp_size}: "
@@ -63,9 +69,44 @@ def size_problems(
     return problems
 
 
+def autoep_section(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """``"expert_parallel"`` of a ds_config where it is switched on, else None."""
+    section = raw.get("expert_parallel") or {}
+    return section if section.get("enabled") else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """How many ranks each kind of parallelism takes, as a ds_config says; 1 is off."""
+
+    ep: int = 1
+    """Ranks that share one copy of the experts, by AutoEP or by native layers."""
+    tp: int = 1
+    """Ranks that split each dense matrix."""
+    sp: int = 1
+    """Ranks that split each sequence."""
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Degrees:
+        """The sizes in a ds_config that has been checked: the JSON as written, or the dict that DeepSpeed gets."""
+        native = (raw.get("moe") or {}).get("layer")
+        autoep = autoep_section(raw)
+        ep = 1
+        if native is not None:
+            ep = native.get("ep_size", 1)
+        elif autoep is not None:
+            ep = autoep.get("autoep_size", 1)
+        tensor = raw.get("tensor_parallel") or {}
+        return cls(
+            ep=int(ep),
+            tp=max(1, int(tensor.get("autotp_size", 1))),  # DeepSpeed's own word for "off" is 0
+            sp=int(raw.get("sequence_parallel_size", 1)),
+        )
+
+
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one rank stands; each index counts from 0 inside its group."""
+    """Where one rank is; each index counts from 0 inside its group."""
 
     rank: int
     pp: int
@@ -112,7 +153,7 @@ class Layout:
         return self.stage_size // self.ep_size
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where ``rank`` stands in each group."""
+        """Where ``rank`` is in each group."""
         if not 0 <= rank < self.world_size:
             raise UserError(f"rank = {rank}: must be 0 to {self.world_size - 1}")
         stage, local = divmod(rank, self.stage_size)
@@ -168,19 +209,24 @@ class Layout:
     def nodes_of_a_token(
         self, per_node: int, num_experts: int, top_k: int, groups: int = 1, limited: int = 1
     ) -> tuple[int, int]:
-        """(nodes that one token's experts can lie on at most, nodes of an EP group), the first EP group's.
+        """(nodes that one token's experts can be on at most, nodes of an EP group), in the first EP group.
 
         ``groups`` and ``limited`` are the routing's: a token's experts come from ``limited`` of ``groups`` runs of
         neighbouring experts (DeepSeek's ``n_group`` and ``topk_group``). Experts are dealt to ranks in runs too, so
         that where a run is what a node holds, a token stays on ``limited`` nodes.
         """
+        # 1. The node of each expert, in the first EP group.
         ranks = self.ep_groups()[0]
         node_of = [ranks[self.ep_rank_of(expert, num_experts)] // per_node for expert in range(num_experts)]
+        nodes = len(set(node_of))
+
+        # 2. The nodes that each routing group touches.
         size = num_experts // groups
         nodes_of_group = [set(node_of[start : start + size]) for start in range(0, num_experts, size)]
-        nodes = len(set(node_of))
-        # Groups are alike but for where node borders cut them, so the widest ones bound what any of them can reach.
-        reached = sum(sorted(map(len, nodes_of_group), reverse=True)[:limited])
+
+        # 3. Groups are alike except where node borders cut them, so the widest ones bound what a token can reach.
+        widest = sorted(map(len, nodes_of_group), reverse=True)[:limited]
+        reached = sum(widest)
         return min(top_k, reached, nodes), nodes
 
     def describe(self, zero_stage: int) -> str:

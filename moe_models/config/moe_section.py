@@ -59,20 +59,19 @@ class MoeLayer(Section):
 
     def conflicts(self) -> list[str]:
         """One line for each value that would do nothing, or does not belong here."""
-        problems = [
-            f"moe.layer.{key} = {show(getattr(self, key))}: {why}"
-            for key, why in ELSEWHERE.items()
-            if key in self.model_fields_set
-        ]
-        if self.drop_tokens:
-            return problems
-        written = ("capacity_factor", "eval_capacity_factor", "min_capacity", "use_rts")
-        return problems + [
-            f'moe.layer.{key} = {show(getattr(self, key))} does nothing without "drop_tokens": true; '
-            "add that, or remove the key"
-            for key in written
-            if key in self.model_fields_set and getattr(self, key) is not False
-        ]
+        problems = []
+        for key, why in ELSEWHERE.items():
+            if key in self.model_fields_set:
+                problems.append(f"moe.layer.{key} = {show(getattr(self, key))}: {why}")
+        for key in ("capacity_factor", "eval_capacity_factor", "min_capacity", "use_rts"):
+            value = getattr(self, key)
+            written = key in self.model_fields_set and value is not False
+            if written and not self.drop_tokens:
+                problems.append(
+                    f'moe.layer.{key} = {show(value)} does nothing without "drop_tokens": true; add that, or remove '
+                    "the key"
+                )
+        return problems
 
     def departures(self) -> list[str]:
         """One line for each value with which the layer no longer computes what the HF model computes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -38,38 +39,74 @@ _MUST_BE = {
 """Pydantic's error types in words."""
 
 
+@dataclass
+class _Place:
+    """Where in the JSON an error is."""
+
+    where: str
+    """The path, e.g. ``zero_optimization.offload_param.device``."""
+    value: Any
+    """What the JSON says there."""
+    model: type[BaseModel]
+    """The model of that section; BaseModel where it is a plain value."""
+    parent: type[BaseModel]
+    """The model of the section around it."""
+    field: Any = None
+    """The field of ``parent``; None for a key that it does not have."""
+
+
 def translate(error: ValidationError, section: str, values: dict[str, Any], model: type[BaseModel]) -> list[str]:
     """Pydantic's errors as one line for each key; the branches of a union become one line."""
     lines: list[str] = []
-    wrong: dict[str, tuple[object, list[str], str]] = {}
+    places: dict[str, _Place] = {}
+    needs: dict[str, list[str]] = {}
+
+    # 1. Keys too many and too few are a line each. Wrong values are collected, for a union reports one per branch.
     for problem in error.errors():
-        where, inside = section, model
-        value: Any = values
-        parent, field = model, None
-        for part in problem["loc"]:  # a union adds the branch's name to the location: stop where the JSON does
-            if not isinstance(value, dict) or part not in value:
-                break
-            parent, field = inside, _fields(inside).get(str(part))
-            inside = next((m for m in get_args(field.annotation) if _is_model(m)), BaseModel) if field else BaseModel
-            where, value = f"{where}.{part}", value[part]
+        place = _find(problem["loc"], section, values, model)
         if problem["type"] == "extra_forbidden":
-            prefix, _, key = where.rpartition(".")
-            lines.append(unknown_key(f"{prefix}.", key, value, _fields(parent)))
+            prefix, _, key = place.where.rpartition(".")
+            lines.append(unknown_key(f"{prefix}.", key, place.value, _fields(place.parent)))
         elif problem["type"] == "missing":
-            lines.append(f'{where}.{problem["loc"][-1]}: missing; DeepSpeed takes it as false; write "enabled": true')
+            missing = problem["loc"][-1]
+            lines.append(f'{place.where}.{missing}: missing; DeepSpeed takes it as false; write "enabled": true')
         else:
             text = _MUST_BE.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
             text = text.replace(", 3 or 3", " or 3")  # ZeroStageEnum has two names for 3
-            default = (
-                f"; remove the key for the default {show(field.get_default(call_default_factory=True))}"
-                if field
-                else ""
-            )
-            wrong.setdefault(where, (value, [], default))[1].append(text)
-    for where, (value, texts, mend) in wrong.items():
-        shown = f"{where} = {show(value)}: must be" if where != section else f"{where}:"
-        lines.append(f"{shown} {' or '.join(dict.fromkeys(texts))}{mend}")
+            places.setdefault(place.where, place)
+            needs.setdefault(place.where, []).append(text)
+
+    # 2. One line for each wrong value, with everything that it may be.
+    for where, place in places.items():
+        allowed = " or ".join(dict.fromkeys(needs[where]))
+        fix = ""
+        if place.field:
+            default = place.field.get_default(call_default_factory=True)
+            fix = f"; remove the key for the default {show(default)}"
+        if where == section:
+            lines.append(f"{where}: {allowed}{fix}")
+        else:
+            lines.append(f"{where} = {show(place.value)}: must be {allowed}{fix}")
     return lines
+
+
+def _find(location: tuple[int | str, ...], section: str, values: dict[str, Any], model: type[BaseModel]) -> _Place:
+    """The place in the JSON that pydantic's ``location`` means.
+
+    A union adds the branch's name to the location, which the JSON does not have: stop there.
+    """
+    place = _Place(where=section, value=values, model=model, parent=model)
+    for part in location:
+        if not isinstance(place.value, dict) or part not in place.value:
+            break
+        field = _fields(place.model).get(str(part))
+        inside: type[BaseModel] = BaseModel
+        if field:
+            inside = next((kind for kind in get_args(field.annotation) if _is_model(kind)), BaseModel)
+        place = _Place(
+            where=f"{place.where}.{part}", value=place.value[part], model=inside, parent=place.model, field=field
+        )
+    return place
 
 
 def _is_model(candidate: object) -> bool:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from moe_models.engine.blocks import find_blocks
-from moe_models.families.table import Family, moe_blocks
+from moe_models.families.table import FAMILIES, Family, moe_blocks
 
 
 def register_presets() -> None:
-    """Teach AutoEP the families of our table that DeepSpeed 0.19.8 has no preset for (OLMoE). Idempotent.
+    """Teach AutoEP the families of our table that DeepSpeed 0.19.8 has no preset for (``own_preset``). Idempotent.
 
     The pattern keys of ``expert_parallel`` would find the blocks too. But only a preset carries the adapter that points
     transformers' router-logit recorder at the new router. Without it the auxiliary loss has nothing to work on.
@@ -25,33 +25,39 @@ def register_presets() -> None:
     from deepspeed.module_inject.auto_ep_presets import registry
     from deepspeed.module_inject.auto_ep_presets.base import MoEModelPreset, TransformersTopLevelRouterLogitsAdapter
 
-    # upstream: deepspeed 0.19.8: has no preset for OLMoE, and no public way to add one. Remove when: it has one.
-    registry._PRESET_ADAPTERS.setdefault(
-        "olmoe",
-        TransformersTopLevelRouterLogitsAdapter(
-            display_name="OLMoE", hf_model_types=("olmoe",), class_name_fragments=("Olmoe",)
-        ),
-    )
-    registry.PRESET_MODELS.setdefault(
-        "olmoe",
-        MoEModelPreset(
-            moe_layer_pattern=r"model\.layers\.\d+\.mlp",
-            router_pattern="gate",
-            experts_pattern="experts",
-            expert_storage="fused_3d",
-            expert_w1="gate_up_proj",
-            expert_w2="down_proj",
-            expert_w3=None,
-            num_experts_attr="num_experts",
-            top_k_attr="num_experts_per_tok",
-            score_func="softmax",
-            score_apply="post",
-            route_norm=False,  # the model's norm_topk_prob overrides it
-            gate_bias=False,
-            preset_adapter="olmoe",
-            hf_model_types=("olmoe",),
-        ),
-    )
+    # upstream: deepspeed 0.19.8: has no preset for these families, and no public way to add one.
+    # Remove `own_preset` of a family when: DeepSpeed has its preset.
+    for family in FAMILIES.values():
+        if family.own_preset is None:
+            continue
+        registry._PRESET_ADAPTERS.setdefault(
+            family.model_type,
+            TransformersTopLevelRouterLogitsAdapter(
+                display_name=family.model_type,
+                hf_model_types=(family.model_type,),
+                class_name_fragments=(family.own_preset,),
+            ),
+        )
+        registry.PRESET_MODELS.setdefault(
+            family.model_type,
+            MoEModelPreset(
+                moe_layer_pattern=r"model\.layers\.\d+\.mlp",
+                router_pattern="gate",
+                experts_pattern="experts",
+                expert_storage="fused_3d",
+                expert_w1="gate_up_proj",
+                expert_w2="down_proj",
+                expert_w3=None,
+                num_experts_attr=family.num_experts_key,
+                top_k_attr="num_experts_per_tok",
+                score_func=family.router.score,
+                score_apply="post",
+                route_norm=family.router.normalise is True,  # where it is a key, the model's own value overrides this
+                gate_bias=False,
+                preset_adapter=family.model_type,
+                hf_model_types=(family.model_type,),
+            ),
+        )
 
 
 def check_replaced(model: nn.Module, family: Family, config: Mapping[str, Any], ep_size: int) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 from moe_models.errors import UserError
 from moe_models.files import read_json
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""``name`` or ``owner/name``, which the hub may know."""
+
 
 def read_model_config(model_name_or_path: str | Path) -> dict[str, Any]:
     """``config.json`` of a model folder or hub id. Raises UserError with one line if it cannot be had."""
@@ -20,20 +23,18 @@ def read_model_config(model_name_or_path: str | Path) -> dict[str, Any]:
     if path.exists():
         raise UserError(f"{path}: is a file; give the model folder that holds config.json, or a hub id")
     name = str(model_name_or_path)
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise UserError(f"{name}: no such folder; give a model folder or a hub id such as mistralai/Mixtral-8x7B-v0.1")
     from huggingface_hub import hf_hub_download
 
     try:
         return read_json(hf_hub_download(name, "config.json"))
-    except UserError:
+    except UserError:  # a ValueError too
         raise
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0].split(". ")[0][:160]
+    except (OSError, ValueError) as error:  # the first sentence of several lines of advice
+        lines = str(error).strip().splitlines() or [""]
+        reason = lines[0].split(". ")[0][:160]
         raise UserError(
             f"{name}: no such folder here, and the hub did not give its config.json "
             f"({type(error).__name__}: {reason}); check the name, log in, or give a folder"
         ) from None
-
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -1,7 +1,7 @@
 """Floating point operations that the mathematics of a training step asks for, from ``config.json``. Torch-free.
 
-Multiplications and additions count one each. Left out: norms, softmax, rotary positions, the router's top-k, and what
-activation recomputation repeats; so that a share of the machine's rate made of these figures is an MFU
+A multiplication and an addition count one each. Not counted: norms, softmax, rotary positions, the router's top-k, and
+what activation recomputation repeats. A share of the machine's rate that is made of these figures is therefore an MFU
 (arXiv 2204.02311, appendix B), not a hardware utilisation.
 """
 
@@ -12,16 +12,29 @@ from math import prod
 
 from moe_models.families.sizes import ModelSizes
 
+PER_WEIGHT = 6.0
+"""FLOP of one token for each weight of a matrix: 2 in the forward pass, 4 in the backward pass."""
+
 
 @lru_cache(maxsize=64)
 def train_flops(sizes: ModelSizes, length: int) -> tuple[float, float]:
-    """FLOP of forward and backward passes for one token of a sequence of ``length``: outside the experts, and in them.
+    """FLOP of the forward and backward pass for one token in a sequence of ``length``: (outside the experts, in them).
 
-    A matrix with P entries takes 2 P in the forward and 4 P in the backward pass. The embedding is a lookup; the head
-    counts. Attention is causal: a token attends to half of the sequence on average.
+    The embedding is a lookup and costs nothing; the head is a matrix product and counts, also where the two are tied.
     """
-    matrices = sum(prod(shape) for name, shape in sizes.dense if len(shape) == 2 and "embed_tokens" not in name)
-    if not any(name == "lm_head.weight" for name, _ in sizes.dense):  # tied: the embedding is the head too
-        matrices += prod(dict(sizes.dense)["model.embed_tokens.weight"])
+    # 1. Matrices outside the experts, weights of one token.
+    matrices = 0
+    for name, shape in sizes.dense:
+        if len(shape) == 2 and "embed_tokens" not in name:
+            matrices += prod(shape)
+    if sizes.tied:
+        matrices += sizes.head_params
+
+    # 2. Attention. Scores take heads x head_dim and the weighted sum heads x value_dim for each token attended to.
+    #    It is causal: on average a token attends to half of the sequence.
     attention = sizes.layers * sizes.heads * (sizes.head_dim + sizes.value_dim) * length / 2
-    return 6.0 * (matrices + attention), 6.0 * sizes.moe_layers * sizes.top_k * sizes.expert_size
+
+    # 3. The experts that one token passes through.
+    experts = sizes.moe_layers * sizes.top_k * sizes.expert_size
+
+    return PER_WEIGHT * (matrices + attention), PER_WEIGHT * experts

@@ -1,4 +1,4 @@
-"""Peak GPU memory of one rank, in bytes, by what it holds. Torch-free.
+"""Peak GPU memory of one rank, in bytes, by what holds it. Torch-free.
 
 Read from deepspeed 0.19.8 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``module_inject/auto_ep_layer.py``,
 ``moe/ep_experts.py``, ``moe/utils.py``), transformers 5.20.2 (eager kernels, SDPA) and TRL 1.16.0 (chunked loss), bf16.
@@ -8,31 +8,24 @@ Three moments can be the fullest, and the split is that of the fullest one:
 - *loss*: all layers' saved tensors, and the loss's logits;
 - *backward*: the last MoE layer's gradients on top of (nearly) all saved tensors, the gradient partition allocated;
 - *step*: no activations; fp32 gradients of one group, and fp64 copies for the norm.
-
-Units, as in the code: U = tokens x D x 2 bytes, R = routed rows x D x 2 bytes, G = routed rows x F x 2 bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import log, prod, sqrt
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
-from moe_models.config.ds_config import DsConfig
-from moe_models.config.layout import Layout
-from moe_models.config.work import Work
-from moe_models.families.sizes import ModelSizes
-from moe_models.planner.shares import offloaded
-from moe_models.planner.zero_states import BF16, FP32, StateBytes
+from moe_models.planner.case import Case
+from moe_models.planner.devices import GIB
+from moe_models.planner.zero_states import BF16, FP32
 
-Loss = Literal["chunked", "full"]
-"""How the loss is taken: TRL's fused head, or all logits at once as the model's own ``loss``."""
-
-LOSS_TOKENS, LOSS_WORDS = 4096, 32768
-"""One tile of TRL's loss (``trl/kernels/chunked_logprob.py``)."""
+LOSS_TOKENS = 4096
+LOSS_WORDS = 32768
+"""Logits in one tile of TRL's loss: tokens x entries of the vocabulary (``trl/kernels/chunked_logprob.py``)."""
 FRAGMENTS = {0: 0.03, 1: 0.03, 2: 0.03, 3: 0.06}
 """Share of the allocated memory that torch's allocator keeps and cannot use, by ZeRO stage. Assumed, not measured."""
+ADAM = 3 * FP32
+"""Bytes of the optimizer for each parameter: the fp32 weight and AdamW's two moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +46,7 @@ class Memory:
     """ZeRO's reduce buckets."""
     skew: int
     """Room for a rank whose experts get more rows than the mean; not part of ``allocated``."""
-    outside: int
+    outside: int = 0
     """CUDA context, NCCL, fragments of the allocator; not part of ``allocated``."""
 
     @property
@@ -67,16 +60,7 @@ class Memory:
         return self.allocated + self.skew + self.outside
 
 
-def rank_load(skew: float, num_experts: int, ep_size: int) -> float:
-    """Rows of the fullest EP rank over the mean, where the fullest of all experts has ``skew`` times the mean.
-
-    Experts vary independently, so that a rank's E/EP experts vary 1/sqrt(E/EP) as much, and the largest of n deviates
-    by sqrt(2 ln n). EP = 1: even; EP = E: ``skew``.
-    """
-    if ep_size == 1 or num_experts == 1:
-        return 1.0
-    share = sqrt(log(ep_size) / log(num_experts)) / sqrt(num_experts / ep_size)
-    return 1 + (skew - 1) * share
+# --- one decoder layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,151 +78,265 @@ class Saved:
     rows: int
     """The part of all these that grows with the rows this rank's experts get."""
 
+    @property
+    def kept(self) -> int:
+        """All that is saved for the backward pass."""
+        return self.dense + self.dispatch + self.experts
 
-def saved_by_layer(sizes: ModelSizes, layout: Layout, work: Work, *, spread: bool, liger: bool) -> Saved:
-    """What one MoE layer saves for its backward pass; U, R, G as in the module docstring."""
-    tokens = work.micro_batch * work.length // layout.sp_size
-    tp, names = layout.tp_size, dict(sizes.dense)
-    d2 = tokens * BF16
-    norm = 1 if liger else 3  # Liger keeps bf16 x; the eager norm an fp32 copy and the normalized bf16
-    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    values, outputs = sizes.kv_heads * sizes.value_dim, sizes.heads * sizes.value_dim
-    width = 2 * (norm + 1) * sizes.hidden + (queries + keys + values + outputs) // tp
-    if any(name.endswith("q_norm.weight") for name in names):
+
+def saved_by_layer(case: Case) -> Saved:
+    """What one decoder layer saves for its backward pass, averaged over layers with and without experts."""
+    sizes = case.sizes
+    with_experts = sizes.moe_layers / max(1, sizes.layers)  # share of the layers
+
+    # 1. Outside the experts: bf16 elements of each token, and three fp32 numbers for each score of the router.
+    router = 12 * case.tokens * sizes.num_experts
+    dense = case.tokens * BF16 * _saved_width(case) + int(with_experts * router)
+
+    # 2. Routed rows: `row` bytes for all rows of width D, `inner` bytes for all rows of width F. The input and the
+    #    output of the experts are rows; inside are gate, up and their product. AutoEP's SwiGLU kernel does not keep
+    #    silu(gate), transformers' does.
+    row = case.rows * sizes.hidden * BF16
+    inner = case.rows * sizes.expert_inner * BF16
+    inside = 3 if case.spread else 4
+    dispatch = int(with_experts * 2 * row)
+    experts = int(with_experts * inside * inner)
+
+    # 3. The backward pass on top of that. Combine needs fp32 products of rows and scores, and their gradients. That of
+    #    the layer before comes when this layer's saved tensors are gone, if they are not recomputed. The experts need
+    #    the gradients of their input and of two inner matrices.
+    combine = 5 * row if case.spread else 3 * row
+    freed = 0 if case.work.recompute else dense + dispatch + experts
+    transient = max(combine - freed, row + 2 * inner)
+
+    # 4. What a rank with fuller experts has more of.
+    rows = int(with_experts * (row + inside * inner)) if case.spread else 0
+    return Saved(dense=dense, dispatch=dispatch, experts=experts, transient=transient, rows=rows)
+
+
+def _saved_width(case: Case) -> int:
+    """bf16 elements that one layer saves of each token outside the experts, router apart."""
+    sizes = case.sizes
+    tp = case.layout.tp_size
+    layers = max(1, sizes.layers)
+    queries = sizes.heads * sizes.head_dim
+    keys = sizes.kv_heads * sizes.head_dim
+    values = sizes.kv_heads * sizes.value_dim
+    outputs = sizes.heads * sizes.value_dim
+
+    # 1. Two norms with what each hands on, and attention. Liger's norm keeps its bf16 input; the eager one keeps an
+    #    fp32 copy of it (two bf16 elements) and the normalized bf16.
+    norm = 1 if case.liger else 3
+    width = 2 * (norm + 1) * sizes.hidden
+    width += (queries + keys + values + outputs) // tp
+
+    # 2. Norms of queries and keys, where the family has them.
+    if any(name.endswith("q_norm.weight") for name, _ in sizes.dense):
         width += norm * (queries + keys) // tp
-    ranks_of = [
-        shape[0] for name, shape in sizes.dense if name.endswith(("q_a_layernorm.weight", "kv_a_layernorm.weight"))
-    ]
-    width += (norm + 1) * sum(ranks_of) // max(1, sizes.layers)
+
+    # 3. The low ranks of latent attention and their norms.
+    ranks = 0
+    for name, shape in sizes.dense:
+        if name.endswith(("q_a_layernorm.weight", "kv_a_layernorm.weight")):
+            ranks += shape[0]
+    width += (norm + 1) * ranks // layers
+
+    # 4. Dense MLPs and shared experts: gate, silu(gate), up and the product.
     inner = sum(shape[0] for name, shape in sizes.dense if name.endswith("gate_proj.weight"))
-    width += 4 * inner // max(1, sizes.layers) // tp  # dense MLPs and shared experts: gate, silu(gate), up, product
-    router = 12 * tokens * sizes.num_experts
-    rows = tokens * sizes.top_k // tp
-    moe = sizes.moe_layers / max(1, sizes.layers)  # share of layers that have experts
-    r = rows * sizes.hidden * BF16
-    g = rows * (sizes.expert_size // 3 // sizes.hidden) * BF16
-    inside = 3 if spread else 4  # AutoEP's SwiGLU kernel does not keep silu(gate)
-    combine = 5 * r if spread else 3 * r  # fp32 products of rows and scores, and their gradients
-    dense, dispatch, experts = d2 * width + int(moe * router), int(moe * 2 * r), int(moe * inside * g)
-    # The combine of the layer before comes when this layer's saved tensors are gone, if they are not recomputed.
-    room = 0 if work.recompute else dense + dispatch + experts
-    return Saved(
-        dense=dense,
-        dispatch=dispatch,
-        experts=experts,
-        transient=max(combine - room, r + 2 * g),
-        rows=int(moe * (r + inside * g)) if spread else 0,
-    )
+    width += 4 * inner // layers // tp
+    return width
 
 
-def memory_moments(
-    ds: DsConfig,
-    states: StateBytes,
-    layout: Layout,
-    work: Work,
-    *,
-    reserved_gib: float,
-    loss: Loss = "chunked",
-    skew: float = 1.0,
-    liger: bool = False,
-) -> list[Memory]:
-    """The three moments of a training step on one rank, bf16 with AdamW (DeepSpeed's fused kernel)."""
-    sizes, zero = states.sizes, ds.raw.get("zero_optimization", {})
-    elsewhere = offloaded(ds)
-    saved = saved_by_layer(sizes, layout, work, spread=states.spread, liger=liger)
-    stage, elements = ds.zero_stage, states.elements
-    largest_tensor = max((*states.dense_tensors, *states.expert_tensors))
-    head = prod(dict(sizes.dense).get("lm_head.weight", dict(sizes.dense)["model.embed_tokens.weight"]))
-    tokens = work.micro_batch * work.length // layout.sp_size
+# --- the whole model
 
-    weights = elements * BF16 if stage < 3 else (0 if "weights" in elsewhere else states.partition * BF16)
+
+class Gradients(NamedTuple):
+    """Bytes of gradients at three times of the last micro-batch."""
+
+    before: int
+    """When its backward pass begins."""
+    during: int
+    """In the backward pass."""
+    step: int
+    """At the optimizer's step."""
+
+
+class AtLoss(NamedTuple):
+    """Bytes of logits and their gradients."""
+
+    during: int
+    """While the loss is taken."""
+    after: int
+    """What of it is still there in the backward pass of the layers."""
+
+
+def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
+    """The three moments of a training step on one rank, bf16 with AdamW (DeepSpeed's fused kernel).
+
+    ``reserved_gib`` is what the device needs outside torch's allocator.
+    """
+    ds, sizes, states, work = case.ds, case.sizes, case.states, case.work
+    stage = ds.zero_stage
+
+    # 1. What is there all the time: weights, optimizer states, one or two reduce buckets.
+    weights = _weights(case)
+    optimizer = 0 if "optimizer" in ds.offloaded else states.partition * ADAM
+    bucket = case.zero_number("reduce_bucket_size", default=500_000_000, auto=sizes.hidden**2) * BF16
+    buckets = 0
+    if stage > 0:
+        overlaps = ds.zero("overlap_comm", stage == 3)
+        buckets = 2 * bucket if overlaps else bucket
+    bucket_at_rest = bucket if stage == 3 else 0  # ZeRO 1 and 2 free theirs after the backward pass
+
+    # 2. Gradients. In the backward pass those of one MoE layer, which ZeRO 1 and 2 move to their place one by one and
+    #    ZeRO-3 all together, come on top; at the loss those of the head.
+    gradients = _gradients(case)
     if stage == 3:
-        weights += _gathered(states, sizes, zero, head, kept=not work.recompute) * BF16
-    optimizer = 0 if "optimizer" in elsewhere else states.partition * 3 * FP32
-    bucket = _number(zero, "reduce_bucket_size", 500_000_000, sizes.hidden**2) * BF16
-    buckets = bucket * (2 if zero.get("overlap_comm", stage == 3) else 1) if stage else 0
-
-    early, late, full = _gradients(states, work, largest_tensor, offload="optimizer" in elsewhere)
-    u = tokens * sizes.hidden * BF16
-    layers = sizes.layers if not work.recompute else 1
-    kept = u * sizes.layers if work.recompute else 0  # the inputs of the layers
-    final = (1 if liger else 3) * u + u
-    if loss == "full" and not liger:  # Liger fuses the head into the loss, tile by tile
-        at_loss, after = 12 * tokens * head // sizes.hidden, BF16 * tokens * head // sizes.hidden
+        of_a_layer = sum(states.layer_expert_tensors) * BF16
     else:
-        at_loss = 4 * u + head * (FP32 + BF16) + 2 * min(tokens, LOSS_TOKENS) * LOSS_WORDS * FP32
-        after = 0
-    dense, rows = layers * saved.dense + kept, layers * saved.dispatch
-    experts = layers * saved.experts
-    layer_gradients = (
-        sum(states.expert_tensors[: 3 if states.spread else 2]) * BF16 if stage == 3 else largest_tensor * BF16
+        of_a_layer = max((*states.dense_tensors, *states.expert_tensors)) * BF16
+    of_the_head = sizes.head_params * BF16
+
+    # 3. Saved tensors. Checkpointing keeps the input of each layer, and all of the one layer that is recomputed.
+    hidden_states = case.tokens * sizes.hidden * BF16
+    saved = saved_by_layer(case)
+    inputs = hidden_states * sizes.layers if work.recompute else 0
+    whole_layers = 1 if work.recompute else sizes.layers
+    dispatch = whole_layers * saved.dispatch
+    activations = whole_layers * saved.dense + inputs + whole_layers * saved.experts
+    if work.recompute:  # no layer is recomputed yet
+        activations_at_loss = inputs
+        dispatch_at_loss = 0
+    else:
+        activations_at_loss = activations
+        dispatch_at_loss = dispatch
+
+    # 4. The final norm with its output, and the logits.
+    norm = 1 if case.liger else 3
+    final = norm * hidden_states + hidden_states
+    logits = _logits(case, hidden_states)
+
+    # 5. Room for uneven routing: the rows beyond the mean in all saved layers, and twice in the layer that is at work.
+    excess = case.fullest_rank - 1
+    uneven = int(excess * (whole_layers * saved.rows + 2 * (saved.rows + saved.transient)))
+
+    # 6. The three moments.
+    at_loss = Memory(
+        moment="loss",
+        parameters=weights,
+        gradients=gradients.before + of_the_head,
+        optimizer=optimizer,
+        activations=activations_at_loss + final + logits.during,
+        dispatch=dispatch_at_loss,
+        buffers=bucket_at_rest,
+        skew=uneven,
+    )
+    in_backward = Memory(
+        moment="backward",
+        parameters=weights,
+        gradients=gradients.during + of_a_layer,
+        optimizer=optimizer,
+        activations=activations + logits.after,
+        dispatch=dispatch + saved.transient,
+        buffers=buckets,
+        skew=uneven,
+    )
+    at_step = Memory(
+        moment="step",
+        parameters=weights,
+        gradients=gradients.step,
+        optimizer=optimizer + (0 if "optimizer" in ds.offloaded else states.step_temporary_bytes),
+        activations=0,
+        dispatch=0,
+        buffers=bucket_at_rest,
+        skew=0,
     )
 
-    common = {"parameters": weights, "optimizer": optimizer}
-    saved_at_loss = (u * sizes.layers, 0, 0) if work.recompute else (dense, rows, experts)
-    moments: list[dict[str, Any]] = [
-        {
-            "moment": "loss", **common, "gradients": early + head * BF16,
-            "activations": saved_at_loss[0] + saved_at_loss[2] + final + at_loss, "dispatch": saved_at_loss[1],
-            "buffers": bucket if stage == 3 else 0,
-        },
-        {
-            "moment": "backward", **common, "gradients": late + layer_gradients,
-            "activations": dense + experts + after, "dispatch": rows + saved.transient, "buffers": buckets,
-        },
-        {
-            "moment": "step", **common, "gradients": full,
-            "optimizer": optimizer + (0 if "optimizer" in elsewhere else states.step_temporaries),
-            "activations": 0, "dispatch": 0, "buffers": bucket if stage == 3 else 0,
-        },
-    ]  # fmt: skip
-    excess = rank_load(skew, sizes.num_experts, layout.ep_size) - 1 if states.spread else 0.0
-    uneven = int(excess * (layers * saved.rows + 2 * (saved.rows + saved.transient)))
-    memories = []
-    for moment in moments:
-        here = Memory(**moment, skew=0 if moment["moment"] == "step" else uneven, outside=0)
-        outside = int(reserved_gib * 2**30 + FRAGMENTS[stage] * here.allocated)
-        memories.append(Memory(**{**vars(here), "outside": outside}))
-    return memories
+    # 7. What torch does not count as allocated.
+    moments = []
+    for memory in (at_loss, in_backward, at_step):
+        outside = int(reserved_gib * GIB + FRAGMENTS[stage] * memory.allocated)
+        moments.append(replace(memory, outside=outside))
+    return moments
 
 
-def host_bytes(ds: DsConfig, states: StateBytes) -> int:
+def host_bytes(case: Case) -> int:
     """Pinned host memory of one rank: what ZeRO-Offload moved there, with fp32 gradients and a bf16 staging copy."""
-    elsewhere = offloaded(ds)
-    each = (3 * FP32 + FP32 + BF16 if "optimizer" in elsewhere else 0) + (BF16 if "weights" in elsewhere else 0)
-    return states.partition * each
+    for_each = 0
+    if "optimizer" in case.ds.offloaded:
+        for_each += ADAM + FP32 + BF16
+    if "weights" in case.ds.offloaded:
+        for_each += BF16
+    return case.states.partition * for_each
 
 
-def _gradients(states: StateBytes, work: Work, largest: int, *, offload: bool) -> tuple[int, int, int]:
-    """Bytes of gradients when the backward pass begins, in it, and at the step."""
+def _weights(case: Case) -> int:
+    """bf16 weights on the GPU: all of the rank's, or under ZeRO-3 its partition and what is gathered."""
+    states = case.states
+    if states.stage < 3:
+        return states.elements * BF16
+    own = 0 if "weights" in case.ds.offloaded else states.partition * BF16
+    return own + _gathered(case) * BF16
+
+
+def _gathered(case: Case) -> int:
+    """Elements that ZeRO-3 holds whole where forward turns into backward (``partitioned_param_coordinator.py``)."""
+    sizes, states = case.sizes, case.states
+    head = sizes.head_params
+
+    # 1. What can be gathered at all, and the part of it in one layer. Experts that one rank holds alone are not.
+    dense = sum(states.dense_tensors)
+    alone = states.spread and states.copies == 1
+    experts = 0 if alone else sum(states.expert_tensors)
+    experts_of_a_layer = 0 if alone else sum(states.expert_tensors) // max(1, sizes.moe_layers)
+    layer = experts_of_a_layer + dense // max(1, sizes.layers)
+
+    # 2. The layer at work, what is used again soon enough to stay (or the head), and what is fetched ahead.
+    reused = case.zero_number("stage3_max_reuse_distance", default=10**9, auto=10**9) // 2
+    ahead = case.zero_number("stage3_prefetch_bucket_size", default=50_000_000, auto=sizes.hidden**2)
+    live = min(dense + experts, layer + max(head, reused) + ahead)
+    if case.work.recompute:
+        return live
+
+    # 3. Without activation checkpointing the grouped product has saved its weights, so that all experts stay.
+    return max(live, experts + head + layer)
+
+
+def _gradients(case: Case) -> Gradients:
+    """Bytes of the gradients that ZeRO keeps; those that the backward pass is making come on top."""
+    states = case.states
+    offload = "optimizer" in case.ds.offloaded
+    several = case.work.accumulation > 1
+
+    # ZeRO-3: one partition, allocated for good.
     if states.stage == 3:
         held = 0 if offload else states.partition * BF16
-        return held, held, held
-    accumulated = states.elements * BF16 if states.stage < 2 and work.accumulation > 1 else 0
+        return Gradients(held, held, held)
+
+    # ZeRO 0 and 1 add whole gradients up until the last micro-batch of a step.
+    accumulated = states.elements * BF16 if states.stage < 2 and several else 0
+
+    # Offloading moves each gradient to the host as soon as it is reduced, so that one is on its way.
     if offload:
-        return accumulated, accumulated + largest * BF16, largest * BF16
-    held = states.whole_gradients * BF16 if states.stage else states.elements * BF16
-    before = held if states.stage == 2 and work.accumulation > 1 else accumulated
-    return before, before + held, held
+        largest = max((*states.dense_tensors, *states.expert_tensors)) * BF16
+        return Gradients(accumulated, accumulated + largest, largest)
+
+    # ZeRO 1 and 2 then keep every gradient that reaches into the rank's partition; ZeRO-2 from the first micro-batch.
+    held = (states.whole_gradients if states.stage > 0 else states.elements) * BF16
+    before = held if states.stage == 2 and several else accumulated
+    return Gradients(before, before + held, held)
 
 
-def _gathered(states: StateBytes, sizes: ModelSizes, zero: Mapping[str, Any], head: int, *, kept: bool) -> int:
-    """Elements that ZeRO-3 holds whole where forward turns into backward (``partitioned_param_coordinator.py``).
-
-    Experts that one rank holds alone are not gathered. Without activation checkpointing the grouped product has saved
-    its weights, so that all gathered experts stay.
-    """
-    per_layer = sum(states.expert_tensors) // max(1, sizes.moe_layers)
-    alone = states.spread and states.copies == 1
-    gathered_experts = 0 if alone else sum(states.expert_tensors)
-    dense = sum(states.dense_tensors)
-    layer = (0 if alone else per_layer) + dense // max(1, sizes.layers)
-    window = _number(zero, "stage3_max_reuse_distance", 10**9, 10**9) // 2
-    prefetch = _number(zero, "stage3_prefetch_bucket_size", 50_000_000, sizes.hidden**2)
-    live = min(dense + gathered_experts, layer + max(head, window) + prefetch)
-    return max(live, gathered_experts + head + layer) if kept else live
-
-
-def _number(zero: Mapping[str, Any], key: str, default: int, auto: int) -> int:
-    value = zero.get(key, default)
-    return auto if value == "auto" else int(value)
+def _logits(case: Case, hidden_states: int) -> AtLoss:
+    """Bytes of logits and of what the loss needs beside them."""
+    sizes = case.sizes
+    head = sizes.head_params
+    if not case.tiled_loss:  # three fp32 numbers for each logit; a bf16 one stays
+        return AtLoss(
+            during=12 * case.tokens * head // sizes.hidden,
+            after=BF16 * case.tokens * head // sizes.hidden,
+        )
+    # Tile by tile, gradients summed in fp32: the hidden states' gradient in fp32 and bf16 with a copy of them, the
+    # head's gradient in fp32 and bf16, two tiles.
+    tile = min(case.tokens, LOSS_TOKENS) * LOSS_WORDS * FP32
+    return AtLoss(during=4 * hidden_states + head * (FP32 + BF16) + 2 * tile, after=0)

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from moe_models.config.ds_config import DsConfig
 from moe_models.config.expert_parallel import ExpertParallel
-from moe_models.config.layout import Layout, divisors
+from moe_models.config.layout import divisors
 from moe_models.config.moe_section import Moe
 from moe_models.config.work import Work
 from moe_models.errors import UserError
-from moe_models.families.sizes import ModelSizes, model_sizes
-from moe_models.planner.devices import Device
+from moe_models.families.model import Model
+from moe_models.planner.case import Case
+from moe_models.planner.devices import GIB, Device
 from moe_models.planner.memory import memory_moments
-from moe_models.planner.predict import GIB, Prediction, predict
-from moe_models.planner.zero_states import StateBytes
-from moe_models.preflight.run import check_run, length_problems
+from moe_models.planner.predict import Prediction, predict
+from moe_models.preflight.flags import length_problems
+from moe_models.preflight.run import check_run
 
 Offload = Literal["", "optimizer", "optimizer and weights"]
+OFFLOAD_KEYS: dict[Offload, tuple[str, ...]] = {
+    "": (),
+    "optimizer": ("offload_optimizer",),
+    "optimizer and weights": ("offload_optimizer", "offload_param"),
+}
+"""Sections of ``zero_optimization`` that move them to host memory."""
+OFFLOAD_NAMES: dict[Offload, str] = {"optimizer": "offload", "optimizer and weights": "offload all"}
+"""As the plan's tables call them."""
 PRESETS = Path(__file__).parents[2] / "ds_configs"
 LARGEST_MICRO_BATCH = 64
 SHORTEST = 256
@@ -35,13 +44,15 @@ USUAL_NODE = 8
 """GPUs of a node, where a plan for less than a node looks for more GPUs."""
 LARGEST_TP = 8
 """Tensor and sequence parallelism wait for each other in every layer: within a node of 8."""
+WORTH = 1.005
+"""How much faster tensor or sequence parallelism has to be than the same layout without it, to be shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What the plan is for."""
 
-    config: Mapping[str, Any]
+    model: Model
     gpus: int
     gpus_per_node: int
     device: Device
@@ -50,36 +61,80 @@ class Request:
     batch: int
     """Sequences of one optimizer step, all GPUs together."""
     skew: float
+    """Rows of the fullest expert over the mean."""
     liger: bool
+    """Whether the run uses Liger's kernels."""
     host_gib: float
     """Host memory of one node that offloading may take."""
+
+    def case(self, ds: DsConfig, work: Work) -> Case:
+        """One layout with one batch for this request."""
+        return Case.of(ds, self.model, self.gpus, work, self.gpus_per_node, skew=self.skew, liger=self.liger)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """One layout with the batch that suits it best."""
 
-    ds: DsConfig
-    offload: Offload
-    work: Work
     prediction: Prediction
+    offload: Offload
     host_gib: float
     """What offloading takes in one node."""
     fits: bool
+    """On the GPUs and on the host."""
+
+    @property
+    def case(self) -> Case:
+        """What is planned."""
+        return self.prediction.case
 
     @property
     def name(self) -> str:
-        """The layout in few words."""
-        parts = [f"ZeRO-{self.ds.zero_stage}"]
-        parts += [
-            f"{kind} {n}"
-            for kind, n in (("EP", self.ds.ep_size), ("TP", self.ds.tp_size), ("SP", self.ds.sp_size))
-            if n > 1
-        ]
-        parts += (
-            [{"optimizer": "offload", "optimizer and weights": "offload all"}[self.offload]] if self.offload else []
-        )
+        """The layout in few words, e.g. ``ZeRO-1 EP 8 offload``."""
+        ds = self.case.ds
+        parts = [f"ZeRO-{ds.zero_stage}"]
+        for kind, size in (("EP", ds.ep_size), ("TP", ds.tp_size), ("SP", ds.sp_size)):
+            if size > 1:
+                parts.append(f"{kind} {size}")
+        if self.offload:
+            parts.append(OFFLOAD_NAMES[self.offload])
         return " ".join(parts)
+
+    @property
+    def splits_layers(self) -> bool:
+        """Whether tensor or sequence parallelism is on."""
+        return self.case.ds.tp_size * self.case.ds.sp_size > 1
+
+
+# --- the layouts
+
+
+class Candidate(NamedTuple):
+    """The numbers of one layout."""
+
+    stage: int
+    ep: int
+    tp: int
+    sp: int
+
+
+def layouts(request: Request) -> Iterator[Candidate]:
+    """Every layout whose numbers divide; what else forbids one, the preflight knows."""
+    in_a_node = [n for n in divisors(request.gpus_per_node) if n <= LARGEST_TP and request.gpus % n == 0]
+    spread = [n for n in divisors(request.model.sizes.num_experts) if request.gpus % n == 0]
+    splits = [(1, 1)]
+    splits += [(n, 1) for n in in_a_node if n > 1]
+    splits += [(1, n) for n in in_a_node if n > 1]
+    for stage in (1, 2, 3):
+        for ep in spread:
+            for tp, sp in splits:
+                if request.length % sp == 0:
+                    yield Candidate(stage, ep, tp, sp)
+
+
+def offloads(stage: int) -> tuple[Offload, ...]:
+    """What can be moved to the host: the weights under ZeRO-3 only."""
+    return ("", "optimizer", "optimizer and weights") if stage == 3 else ("", "optimizer")
 
 
 @cache
@@ -93,10 +148,13 @@ def build(stage: int, ep: int, tp: int, sp: int, offload: Offload) -> DsConfig:
 
     It is not parsed by DeepSpeed's own models, whose import takes seconds: presets are known to pass.
     """
+    # 1. The preset of the stage, with or without AutoEP.
     raw = copy.deepcopy(_preset(f"zero{stage}_ep2.json"))
     experts = raw.pop("expert_parallel")
     if ep > 1:
         raw = {"expert_parallel": {**experts, "autoep_size": ep}, **raw}
+
+    # 2. What else is on, and the switches that then mean nothing.
     if tp > 1:
         tensor = copy.deepcopy(_preset("zero1_ep2_tp2.json")["tensor_parallel"])
         raw["tensor_parallel"] = {**tensor, "autotp_size": tp}
@@ -105,10 +163,13 @@ def build(stage: int, ep: int, tp: int, sp: int, offload: Offload) -> DsConfig:
         raw["sequence_parallel_size"] = sp
     if offload:
         raw["bf16"].pop("check_grad_overflow", None)  # is not read then
-    for key in {"": (), "optimizer": ("offload_optimizer",)}.get(offload, ("offload_optimizer", "offload_param")):
+    for key in OFFLOAD_KEYS[offload]:
         raw["zero_optimization"][key] = copy.deepcopy(_preset("zero3_ep8_offload.json")["zero_optimization"][key])
+
+    # 3. The sections as types.
+    words = [f"zero{stage}", f"ep{ep}", f"tp{tp}", f"sp{sp}", *offload.split()]
     return DsConfig(
-        path=Path(f"zero{stage}_ep{ep}_tp{tp}_sp{sp}{'_' if offload else ''}{offload.replace(' ', '_')}.json"),
+        path=Path("_".join(words) + ".json"),
         raw=raw,
         deepspeed=raw,
         expert_parallel=ExpertParallel(**raw["expert_parallel"]) if ep > 1 else None,
@@ -120,78 +181,101 @@ def build(stage: int, ep: int, tp: int, sp: int, offload: Offload) -> DsConfig:
     )
 
 
-def layouts(request: Request, sizes: ModelSizes) -> Iterator[tuple[int, int, int, int]]:
-    """(stage, EP, TP, SP) of every layout whose numbers divide; what else forbids one, the preflight knows."""
-    inside = [n for n in divisors(request.gpus_per_node) if n <= LARGEST_TP and request.gpus % n == 0]
-    for stage in (1, 2, 3):
-        for ep in (n for n in divisors(sizes.num_experts) if request.gpus % n == 0):
-            for tp, sp in ((1, 1), *((n, 1) for n in inside if n > 1), *((1, n) for n in inside if n > 1)):
-                if request.length % sp == 0:
-                    yield stage, ep, tp, sp
+# --- the search
 
 
 def search(request: Request) -> list[Plan]:
     """The best batch of every layout: those that fit, fastest first, then those that do not, by memory.
 
-    Offloading is tried where nothing of the layout fits without; tensor and sequence parallelism are left out where the
+    Offloading is tried where nothing of the layout fits without. Tensor and sequence parallelism are left out where the
     same layout is as fast without them. Raises UserError if no layout can be made at all.
     """
-    problems = length_problems(request.length, request.config)
+    problems = length_problems(request.length, request.model.config)
     if problems:
         raise UserError(line.replace("--max_length", "--seq_length") for line in problems)
-    sizes, refused, plans, accepted = model_sizes(request.config), list[str](), list[Plan](), False
-    for stage, ep, tp, sp in layouts(request, sizes):
-        choices: tuple[Offload, ...] = ("", "optimizer") if stage < 3 else ("", "optimizer", "optimizer and weights")
-        for offload in choices:
-            ds = build(stage, ep, tp, sp, offload)
-            wrong = check_run(ds, request.config, request.gpus)
-            best = None if wrong else _best_batch(request, sizes, ds, offload)
-            refused += wrong
-            accepted = accepted or not wrong
-            plans += [best] if best else []
-            if best and best.fits:
+
+    # 1. The best batch of every layout that the preflight accepts.
+    plans: list[Plan] = []
+    refused: list[str] = []
+    accepted = False
+    for candidate in layouts(request):
+        for offload in offloads(candidate.stage):
+            ds = build(*candidate, offload)
+            wrong = check_run(ds, request.model.config, request.gpus)
+            if wrong:
+                refused += wrong
+                continue
+            accepted = True
+            best = _best_batch(request, ds, offload)
+            if best is None:
+                continue
+            plans.append(best)
+            if best.fits:
                 break
+
+    # 2. None at all: either the batch divides none of them, or the preflight says why.
+    if not plans and accepted:
+        raise UserError(
+            f"--global_batch_size {request.batch}: no layout of {request.gpus} GPUs divides it; "
+            f"use a multiple of {request.gpus}"
+        )
     if not plans:
-        batch = f"--global_batch_size {request.batch}: no layout of {request.gpus} GPUs divides it; use a multiple of "
-        raise UserError([f"{batch}{request.gpus}"] if accepted else dict.fromkeys(refused))
-    speeds = {
-        _key(plan): plan.prediction.tokens_per_s
-        for plan in plans
-        if plan.ds.tp_size * plan.ds.sp_size == 1 and plan.fits
-    }
-    worth = [
-        plan
-        for plan in plans
-        if plan.ds.tp_size * plan.ds.sp_size == 1
-        or (plan.fits and plan.prediction.tokens_per_s > 1.005 * speeds.get(_key(plan), 0.0))
-    ]
+        raise UserError(dict.fromkeys(refused))
+
+    # 3. Those that are worth a row.
+    worth = _worth_showing(plans)
     return sorted(worth or plans, key=lambda plan: (not plan.fits, *_rank(plan)))
 
 
-def _key(plan: Plan) -> tuple[int, int]:
-    return plan.ds.zero_stage, plan.ds.ep_size
+def _worth_showing(plans: list[Plan]) -> list[Plan]:
+    """The plans without tensor and sequence parallelism, and those with it that it makes faster."""
+    speed_without: dict[tuple[int, int], float] = {}
+    for plan in plans:
+        if plan.fits and not plan.splits_layers:
+            speed_without[_stage_and_ep(plan)] = plan.prediction.tokens_per_s
+    worth = []
+    for plan in plans:
+        without = speed_without.get(_stage_and_ep(plan), 0.0)
+        faster = plan.prediction.tokens_per_s > WORTH * without
+        if not plan.splits_layers or (plan.fits and faster):
+            worth.append(plan)
+    return worth
+
+
+def _stage_and_ep(plan: Plan) -> tuple[int, int]:
+    return plan.case.ds.zero_stage, plan.case.ds.ep_size
 
 
 def _rank(plan: Plan) -> tuple[float, float]:
     """Faster first; alike within half a percent, by memory."""
     if not plan.fits:
         return plan.prediction.memory.needed, 0.0
-    return -round(log(plan.prediction.tokens_per_s) * 200), plan.prediction.memory.needed
+    half_percents = round(log(plan.prediction.tokens_per_s) * 200)
+    return -half_percents, plan.prediction.memory.needed
 
 
-def _best_batch(request: Request, sizes: ModelSizes, ds: DsConfig, offload: Offload) -> Plan | None:
-    """The fastest micro-batch that fits, with or without activation checkpointing; if none does, the smallest."""
+def _best_batch(request: Request, ds: DsConfig, offload: Offload) -> Plan | None:
+    """The fastest micro-batch that fits, with or without activation checkpointing; if none does, the smallest.
+
+    None if the batch cannot be divided among the ranks that read different data.
+    """
     replicas = request.gpus // (ds.tp_size * ds.sp_size)
     if request.batch % replicas:
         return None
-    each = request.batch // replicas
-    states = StateBytes(ds, sizes, Layout(request.gpus, ds.ep_size, ds.tp_size, ds.sp_size))
+    sequences = request.batch // replicas  # of one replica in one optimizer step
+    micro_batches = [n for n in divisors(sequences) if n <= LARGEST_MICRO_BATCH]
+    first = request.case(ds, Work(micro_batch=1, length=request.length))
     plans: list[Plan] = []
     for recompute in (False, True):
-        for micro in (n for n in divisors(each) if n <= LARGEST_MICRO_BATCH):
-            work = Work(micro_batch=micro, length=request.length, accumulation=each // micro, recompute=recompute)
-            plan = evaluate(request, states, ds, offload, work)
-            if not plan.fits and plans and any(p.work.recompute == recompute for p in plans):
+        for micro_batch in micro_batches:
+            work = Work(
+                micro_batch=micro_batch,
+                length=request.length,
+                accumulation=sequences // micro_batch,
+                recompute=recompute,
+            )
+            plan = evaluate(request, replace(first, work=work), offload)
+            if not plan.fits and micro_batch > 1:
                 break  # a larger micro-batch needs more
             plans.append(plan)
     fitting = [plan for plan in plans if plan.fits]
@@ -200,50 +284,62 @@ def _best_batch(request: Request, sizes: ModelSizes, ds: DsConfig, offload: Offl
     return min(plans, key=lambda plan: plan.prediction.memory.needed)
 
 
-def evaluate(request: Request, states: StateBytes, ds: DsConfig, offload: Offload, work: Work) -> Plan:
+def evaluate(request: Request, case: Case, offload: Offload) -> Plan:
     """One layout with one batch."""
-    prediction = predict(
-        request.config, ds, request.gpus, request.gpus_per_node, work, request.device,
-        skew=request.skew, liger=request.liger, states=states,
-    )  # fmt: skip
-    host = prediction.host * min(request.gpus, request.gpus_per_node) / GIB
-    fits = prediction.fits and host <= request.host_gib
-    return Plan(ds=ds, offload=offload, work=work, prediction=prediction, host_gib=host, fits=fits)
+    prediction = predict(case, request.device)
+    host_gib = prediction.host * min(request.gpus, request.gpus_per_node) / GIB
+    fits = prediction.fits and host_gib <= request.host_gib
+    return Plan(prediction=prediction, offload=offload, host_gib=host_gib, fits=fits)
+
+
+# --- where nothing fits
 
 
 def nothing_fits(request: Request, plans: list[Plan]) -> list[str]:
     """Lines that say what is missing, and which other request would fit."""
-    device, on_gpu = request.device, [plan for plan in plans if plan.prediction.fits]
-    least = min(plans, key=lambda plan: plan.prediction.memory.needed)
-    memory = least.prediction.memory
-    states = memory.parameters + memory.gradients + memory.optimizer
-    lines = [
-        f"nothing fits: the least that {request.gpus} GPUs need is {memory.needed / GIB:.0f} GiB each ({least.name}, "
-        f"micro-batch {least.work.micro_batch} x {request.length}; weights, gradients and optimizer "
-        f"{states / GIB:.0f}), and {device.name} has {device.usable_gib:.0f}"
-    ]
-    if on_gpu:
-        cheapest = min(on_gpu, key=lambda plan: plan.host_gib)
-        lines = [
+    return [_what_is_missing(request, plans), _fewer_tokens(request), _more_gpus(request)]
+
+
+def _what_is_missing(request: Request, plans: list[Plan]) -> str:
+    device = request.device
+    fit_the_gpu = [plan for plan in plans if plan.prediction.fits]
+    if fit_the_gpu:
+        cheapest = min(fit_the_gpu, key=lambda plan: plan.host_gib)
+        return (
             f"nothing fits: without offloading, GPUs of {device.usable_gib:.0f} GiB are too small; {cheapest.name} "
             f"would do with {cheapest.host_gib:.0f} GiB of host memory in each node, and --host_gib says "
             f"{request.host_gib:.0f}"
-        ]
-    lengths = [request.length // 2**n for n in range(1, 16) if request.length // 2**n >= SHORTEST]
-    shorter = next(((length, plan) for length in lengths if (plan := frugal(replace(request, length=length)))), None)
-    lines.append(
-        f"fewer tokens: --seq_length {shorter[0]} fits ({shorter[1].name}, {_gib(shorter[1])} GiB)"
-        if shorter
-        else f"fewer tokens: not even --seq_length {min([request.length, *lengths])} fits"
+        )
+    least = min(plans, key=lambda plan: plan.prediction.memory.needed)
+    memory = least.prediction.memory
+    states = memory.parameters + memory.gradients + memory.optimizer
+    return (
+        f"nothing fits: the least that {request.gpus} GPUs need is {memory.needed / GIB:.0f} GiB each ({least.name}, "
+        f"micro-batch {least.case.work.micro_batch} x {request.length}; weights, gradients and optimizer "
+        f"{states / GIB:.0f}), and {device.name} has {device.usable_gib:.0f}"
     )
-    counts = [request.gpus * 2**n for n in range(1, MOST_DOUBLINGS + 1)]
-    more = next(((gpus, plan) for gpus in counts if (plan := frugal(replace(request, gpus=gpus, batch=gpus)))), None)
-    lines.append(
-        f"more GPUs: --gpus {more[0]} fits ({more[1].name}, {_gib(more[1])} GiB)"
-        if more
-        else f"more GPUs: not even --gpus {counts[-1]} fits; take a device with more memory"
-    )
-    return lines
+
+
+def _fewer_tokens(request: Request) -> str:
+    """The longest sequence that fits, halving it."""
+    length = request.length
+    while length // 2 >= SHORTEST:
+        length //= 2
+        plan = frugal(replace(request, length=length))
+        if plan is not None:
+            return f"fewer tokens: --seq_length {length} fits ({plan.name}, {_gib(plan)} GiB)"
+    return f"fewer tokens: not even --seq_length {length} fits"
+
+
+def _more_gpus(request: Request) -> str:
+    """The fewest GPUs that fit, doubling them."""
+    gpus = request.gpus
+    for _ in range(MOST_DOUBLINGS):
+        gpus *= 2
+        plan = frugal(replace(request, gpus=gpus, batch=gpus))
+        if plan is not None:
+            return f"more GPUs: --gpus {gpus} fits ({plan.name}, {_gib(plan)} GiB)"
+    return f"more GPUs: not even --gpus {gpus} fits; take a device with more memory"
 
 
 def _gib(plan: Plan) -> str:
@@ -252,29 +348,20 @@ def _gib(plan: Plan) -> str:
 
 def frugal(request: Request) -> Plan | None:
     """A layout that fits with one sequence at a time and activation checkpointing; without offloading if possible."""
-    sizes = model_sizes(request.config)
     request = replace(request, gpus_per_node=max(request.gpus_per_node, min(request.gpus, USUAL_NODE)))
     work = Work(micro_batch=1, length=request.length, accumulation=1, recompute=True)
-    choices: tuple[Offload, ...] = ("", "optimizer", "optimizer and weights")
-    for offload in choices:
-        for stage, ep, tp, sp in layouts(request, sizes):
-            if offload == choices[-1] and stage < 3:
+    for offload in OFFLOAD_KEYS:
+        for candidate in layouts(request):
+            if offload not in offloads(candidate.stage):
                 continue
-            ds, layout = build(stage, ep, tp, sp, offload), Layout(request.gpus, ep, tp, sp)
-            states = StateBytes(ds, sizes, layout)
-            moments = memory_moments(
-                ds,
-                states,
-                layout,
-                work,
-                reserved_gib=request.device.reserved_gib,
-                skew=request.skew,
-                liger=request.liger,
-            )
+            ds = build(*candidate, offload)
+            case = request.case(ds, work)
+            moments = memory_moments(case, reserved_gib=request.device.reserved_gib)
             if max(moment.needed for moment in moments) > request.device.usable_gib * GIB:
                 continue  # before the preflight, which takes longer
-            if not check_run(ds, request.config, request.gpus):
-                plan = evaluate(request, states, ds, offload, work)
-                if plan.fits:
-                    return plan
+            if check_run(ds, request.model.config, request.gpus):
+                continue
+            plan = evaluate(request, case, offload)
+            if plan.fits:
+                return plan
     return None

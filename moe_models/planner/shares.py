@@ -25,37 +25,33 @@ class Share:
 
 def share_of_one_rank(ds: DsConfig, sizes: ModelSizes, layout: Layout) -> Share:
     """Parameters of one rank: the experts divided by EP, matrices that tensor parallelism splits by TP."""
+    # 1. Outside the experts: AutoTP splits the matrices that the JSON names and leaves the rest whole.
     specs = layer_specs(ds.raw) if layout.tp_size > 1 else []
     split = sum(prod(shape) for name, shape in sizes.dense if kind_of(name, specs) != "skip")
     replicated = sizes.dense_params - split
     dense = replicated + split // layout.tp_size
-    if ds.expert_parallel is None and ds.moe.layer is None:  # plain HF blocks: all experts on every rank
-        return Share(dense=dense + sizes.expert_params, replicated=replicated + sizes.expert_params, expert=0)
-    return Share(dense=dense, replicated=replicated, expert=sizes.expert_params // layout.ep_size)
+
+    # 2. The experts: AutoEP and native layers deal them to the ranks of an EP group. Plain HF blocks have all of them
+    #    on every rank, where ZeRO treats them as any other parameter.
+    if ds.spreads_experts:
+        return Share(dense=dense, replicated=replicated, expert=sizes.expert_params // layout.ep_size)
+    return Share(dense=dense + sizes.expert_params, replicated=replicated + sizes.expert_params, expert=0)
 
 
 def state_bytes(ds: DsConfig, sizes: ModelSizes, layout: Layout, element_bytes: int) -> dict[str, int]:
     """Bytes of weights, gradients and AdamW states on one rank, without activations and buffers.
 
-    Rajbhandari et al. 2020 (ZeRO): stage 1 shards optimizer states, 2 gradients too, 3 weights too; the dense part over
-    all ranks but tensor-parallel peers, experts over the ranks that hold the same. AdamW keeps two moments and, for
-    16-bit weights, an fp32 copy. What ``offloaded`` names lies in host memory.
+    Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054): stage 1 shards optimizer states, 2 gradients too, 3 weights too.
+    The dense part is sharded over all ranks but tensor-parallel peers, experts over the ranks that hold the same.
+    AdamW keeps two fp32 moments and, for 16-bit weights, an fp32 copy. What ``ds.offloaded`` names is in host memory.
     """
-    share, stage = share_of_one_rank(ds, sizes, layout), ds.zero_stage
-    parts = ((share.dense, layout.zero_size), (share.expert, layout.edp_size))
-    kinds = {
-        "weights": (element_bytes, 3),
-        "gradients": (element_bytes, 2),
-        "optimizer": (8 if element_bytes == 4 else 12, 1),
-    }
-    return {
-        name: sum(n * each // (ranks if stage >= from_stage else 1) for n, ranks in parts)
-        for name, (each, from_stage) in kinds.items()
-    }
-
-
-def offloaded(ds: DsConfig) -> set[str]:
-    """The kinds of :func:`state_bytes` that ZeRO-Offload keeps in host memory or on NVMe."""
-    zero = ds.raw.get("zero_optimization", {})
-    places = {"offload_optimizer": "optimizer", "offload_param": "weights"}
-    return {kind for key, kind in places.items() if (zero.get(key) or {}).get("device", "none") != "none"}
+    share = share_of_one_rank(ds, sizes, layout)
+    adam = 8 if element_bytes == 4 else 12
+    kinds = (("weights", element_bytes, 3), ("gradients", element_bytes, 2), ("optimizer", adam, 1))
+    held: dict[str, int] = {}
+    for name, bytes_each, first_stage in kinds:
+        sharded = ds.zero_stage >= first_stage
+        dense = share.dense * bytes_each // (layout.zero_size if sharded else 1)
+        experts = share.expert * bytes_each // (layout.edp_size if sharded else 1)
+        held[name] = dense + experts
+    return held

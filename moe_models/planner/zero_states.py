@@ -6,15 +6,20 @@ textbook's bytes; here is what the buffers come to.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil, prod
+from typing import NamedTuple
 
 from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import Layout
 from moe_models.families.sizes import ModelSizes
-from moe_models.planner.shares import share_of_one_rank
+from moe_models.planner.shares import Share, share_of_one_rank
 
-BF16, FP32, FP64 = 2, 4, 8
+BF16 = 2
+FP32 = 4
+FP64 = 8
+"""Bytes of one number."""
 EXPERT_GROUP = 178_956_971
 """Elements after which DeepSpeed starts another optimizer group of experts (``moe/utils.py``: max_group_size)."""
 SUB_GROUP = 10**9
@@ -28,11 +33,13 @@ def overlaps(tensors: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     ZeRO 1 and 2 lay the tensors end to end and cut at equal lengths; a gradient that a cut divides is kept whole on
     both sides (``stage_1_and_2.py``: copy_grads_in_partition).
     """
-    size = ceil(sum(tensors) / ranks)
+    partition = ceil(sum(tensors) / ranks)
     held = [0] * ranks
     start = 0
     for numel in tensors:
-        for rank in range(start // size, (start + numel - 1) // size + 1):
+        first = start // partition
+        last = (start + numel - 1) // partition
+        for rank in range(first, last + 1):
             held[rank] += numel
         start += numel
     return tuple(held)
@@ -40,72 +47,151 @@ def overlaps(tensors: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def expert_groups(numel: int, count: int) -> tuple[tuple[int, ...], ...]:
-    """Optimizer groups of ``count`` equal expert tensors, in the model's order."""
-    each = max(1, EXPERT_GROUP // numel)
-    return tuple((numel,) * min(each, count - start) for start in range(0, count, each))
+    """Optimizer groups of ``count`` equal expert tensors of ``numel`` elements, in the model's order."""
+    in_a_group = max(1, EXPERT_GROUP // numel)
+    groups = []
+    for start in range(0, count, in_a_group):
+        size = min(in_a_group, count - start)
+        groups.append((numel,) * size)
+    return tuple(groups)
 
 
-class StateBytes:
-    """Weights, gradients and optimizer states of one rank. Sizes count elements."""
+class OptimizerGroup(NamedTuple):
+    """Tensors that ZeRO lays end to end, and the ranks over which it cuts them."""
 
-    def __init__(self, ds: DsConfig, sizes: ModelSizes, layout: Layout) -> None:
-        self.share, self.sizes = share_of_one_rank(ds, sizes, layout), sizes
-        self.stage, self.spread = ds.zero_stage, ds.expert_parallel is not None or ds.moe.layer is not None
-        self.ranks, self._layout = layout.zero_size, layout
-        self.copies = layout.edp_size if self.spread else layout.zero_size  # ranks that hold the same experts
-        one = sizes.expert_size // 3  # a matrix [F, D] of an expert
-        local = sizes.num_experts // layout.ep_size if self.spread else sizes.num_experts
-        # AutoEP keeps gate, down and up apart; transformers keeps gate and up in one tensor.
-        layer = (local * one,) * 3 if self.spread else (2 * local * one, local * one)
-        self.expert_tensors: tuple[int, ...] = layer * sizes.moe_layers
-        dense = self.share.dense if self.spread else self.share.dense - sizes.expert_params
-        scale = dense / max(1, sizes.dense_params)  # tensor parallelism cuts the matrices
-        self.dense_tensors = tuple(max(1, int(prod(shape) * scale)) for _, shape in sizes.dense)
+    tensors: tuple[int, ...]
+    """Elements of each tensor."""
+    ranks: int
 
     @property
     def partition(self) -> int:
-        """Elements whose optimizer states this rank keeps."""
-        return ceil(self.share.dense / self.ranks) + ceil(self.share.expert / self.copies)
+        """Elements of one rank."""
+        return ceil(sum(self.tensors) / self.ranks)
+
+    @property
+    def largest_piece(self) -> int:
+        """Elements of the largest tensor in one partition, as far as it is in it."""
+        return min(max(self.tensors), self.partition)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ZeroStates:
+    """Weights, gradients and optimizer states of one rank, counted in elements. They do not depend on the batch."""
+
+    ds: DsConfig
+    sizes: ModelSizes
+    layout: Layout
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        return self.ds.zero_stage
+
+    @property
+    def spread(self) -> bool:
+        """Whether AutoEP or native layers spread the experts over ranks."""
+        return self.ds.spreads_experts
+
+    @cached_property
+    def share(self) -> Share:
+        """Elements of this rank before ZeRO shards anything, by kind."""
+        return share_of_one_rank(self.ds, self.sizes, self.layout)
 
     @property
     def elements(self) -> int:
         """Elements of this rank before ZeRO shards anything."""
         return self.share.dense + self.share.expert
 
-    def groups(self) -> list[tuple[tuple[int, ...], int]]:
-        """(tensors, ranks) of each optimizer group, weight decay left aside."""
-        if not self.spread:
-            return [(self._in_order(), self.ranks)]
-        experts = expert_groups(self.expert_tensors[0], len(self.expert_tensors))
-        return [(self.dense_tensors, self.ranks), *((group, self.copies) for group in experts)]
+    @property
+    def ranks(self) -> int:
+        """Ranks over which ZeRO shards the dense part."""
+        return self.layout.zero_size
 
-    def _in_order(self) -> tuple[int, ...]:
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same experts, over which ZeRO shards them."""
+        return self.layout.edp_size if self.spread else self.layout.zero_size
+
+    @property
+    def partition(self) -> int:
+        """Elements whose optimizer states this rank keeps."""
+        return ceil(self.share.dense / self.ranks) + ceil(self.share.expert / self.copies)
+
+    @cached_property
+    def layer_expert_tensors(self) -> tuple[int, ...]:
+        """Elements of each expert tensor of one MoE layer."""
+        matrix = self.sizes.expert_size // 3  # [F, D]
+        if self.spread:
+            local = self.sizes.num_experts // self.layout.ep_size
+            return (local * matrix,) * 3  # AutoEP keeps gate, down and up apart
+        # transformers keeps gate and up in one tensor
+        return (2 * self.sizes.num_experts * matrix, self.sizes.num_experts * matrix)
+
+    @cached_property
+    def expert_tensors(self) -> tuple[int, ...]:
+        """Elements of each expert tensor of this rank."""
+        return self.layer_expert_tensors * self.sizes.moe_layers
+
+    @cached_property
+    def dense_tensors(self) -> tuple[int, ...]:
+        """Elements of each tensor outside the experts, all shrunk alike where tensor parallelism cuts the matrices."""
+        dense = self.share.dense if self.spread else self.share.dense - self.sizes.expert_params
+        scale = dense / max(1, self.sizes.dense_params)
+        return tuple(max(1, int(prod(shape) * scale)) for _, shape in self.sizes.dense)
+
+    @cached_property
+    def groups(self) -> tuple[OptimizerGroup, ...]:
+        """The optimizer groups, the dense one first. Weight decay, which splits them further, is left aside."""
+        if not self.spread:
+            return (OptimizerGroup(self._tensors_in_order(), self.ranks),)
+        experts = expert_groups(self.expert_tensors[0], len(self.expert_tensors))
+        return (
+            OptimizerGroup(self.dense_tensors, self.ranks),
+            *(OptimizerGroup(tensors, self.copies) for tensors in experts),
+        )
+
+    def _tensors_in_order(self) -> tuple[int, ...]:
         """All tensors of the plain model as its class declares them: a block's experts follow its router."""
-        experts, tensors = iter(self.expert_tensors), list[int]()
+        tensors: list[int] = []
         for (name, _), numel in zip(self.sizes.dense, self.dense_tensors, strict=True):
             tensors.append(numel)
             if name.endswith(".mlp.gate.weight"):
-                tensors += [next(experts), next(experts)]
+                tensors += self.layer_expert_tensors
         return tuple(tensors)
 
     @cached_property
     def whole_gradients(self) -> int:
         """Elements of the gradients that touch the partition of the rank that has most (ZeRO 1 and 2)."""
-        (dense, ranks), *experts = self.groups()
-        held: tuple[int, ...] = overlaps(dense, ranks)
+        # 1. Of the dense group, by place in a ZeRO group.
+        dense, *experts = self.groups
+        of_dense: tuple[int, ...] = overlaps(*dense)
         if not experts:
-            return max(held)
-        summed: list[int] = [sum(column) for column in zip(*(overlaps(*group) for group in experts), strict=True)]
-        world, layout = self._layout.world_size, self._layout
-        return max(held[rank // layout.tp_size] + summed[rank // layout.ep_size] for rank in range(world))
+            return max(of_dense)
+
+        # 2. Of all expert groups together, by place in an EDP group.
+        of_experts = [0] * self.copies
+        for group in experts:
+            for place, held in enumerate(overlaps(*group)):
+                of_experts[place] += held
+
+        # 3. A rank has one place in each; the fullest sum counts.
+        layout = self.layout
+        return max(
+            of_dense[rank // layout.tp_size] + of_experts[rank // layout.ep_size] for rank in range(layout.world_size)
+        )
 
     @cached_property
-    def step_temporaries(self) -> int:
+    def step_temporary_bytes(self) -> int:
         """Bytes at the optimizer's step: fp32 gradients and their flat bf16 copy, or an fp64 copy for the norm."""
+        # 1. The group that is updated at a time, and the tensor of which the norm takes a copy, both of one rank.
         if self.stage == 3:
-            sub_group = min(self.partition, SUB_GROUP + ceil(max(self.expert_tensors) / self.copies))
-            tensor = max(ceil(max(self.dense_tensors) / self.ranks), ceil(max(self.expert_tensors) / self.copies))
-            return max(sub_group * (FP32 + BF16), FP64 * tensor)
-        largest = max(ceil(sum(group) / ranks) for group, ranks in self.groups())
-        tensor = max(min(max(group), ceil(sum(group) / ranks)) for group, ranks in self.groups())
-        return max(largest * (FP32 + BF16), FP64 * tensor)
+            largest_expert = ceil(max(self.expert_tensors) / self.copies)
+            largest_dense = ceil(max(self.dense_tensors) / self.ranks)
+            updated = min(self.partition, SUB_GROUP + largest_expert)  # the tensor that fills a group goes into it
+            normed = max(largest_dense, largest_expert)
+        else:
+            updated = max(group.partition for group in self.groups)
+            normed = max(group.largest_piece for group in self.groups)
+
+        # 2. The norm is done when the update begins.
+        return max(updated * (FP32 + BF16), normed * FP64)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe_models.families.table import FAMILIES
+from moe_models.families.table import FAMILIES, family_of
 
 
 def no_kernels(config: Mapping[str, Any], flag: str) -> Iterator[str]:
-    """A line if Liger does nothing for the family of this ``config.json``; what is no family is refused elsewhere."""
-    family = FAMILIES.get(config.get("model_type", ""))
+    """A line if Liger does nothing for the family of this ``config.json``; unknown families are refused elsewhere."""
+    family = family_of(config)
     if family is not None and not family.liger_kernels:
-        known = ", ".join(sorted(name for name, family in FAMILIES.items() if family.liger_kernels))
+        known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.liger_kernels))
         yield f"{flag}: Liger has no kernels for {family.model_type}, only for {known}; drop it"
 
 
 def cannot_run(flag: str, *, on_gpu: bool) -> Iterator[str]:
-    """A line if Liger's kernels cannot run here, which transformers would find out after loading."""
+    """A line if Liger's kernels cannot run here, which transformers would report after loading the model."""
     from transformers.utils import is_liger_kernel_available
 
     if not on_gpu:

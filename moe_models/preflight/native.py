@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import divisors
 from moe_models.config.moe_section import MoeLayer
 from moe_models.errors import show
-from moe_models.families.table import FAMILIES, Family
-
-if TYPE_CHECKING:
-    from moe_models.config.ds_config import DsConfig
+from moe_models.families.table import FAMILIES, Family, family_of
+from moe_models.preflight.combinations import data_before_experts
 
 _INSTEAD = "use expert_parallel instead (ds_configs/zero1_ep2.json and its siblings), or remove moe.layer"
 
@@ -28,17 +27,15 @@ def check_native(ds: DsConfig, layer: MoeLayer, config: Mapping[str, Any], world
 
 
 def inexpressible(layer: MoeLayer, family: Family, config: Mapping[str, Any]) -> list[str]:
-    """One line for each thing in the model's MoE blocks that the layer cannot compute, or that a key asks in vain."""
-    model_type = family.model_type
-    if model_type in ("deepseek_v2", "deepseek_v3"):
-        what = "sigmoid scores and expert groups" if model_type == "deepseek_v3" else "un-normalised, scaled weights"
-        return [f"moe.layer with model_type = {show(model_type)}: the layer has no {what}; {_INSTEAD}"]
+    """One line for each thing in the model's MoE blocks that the layer cannot compute, and each key without effect."""
+    if family.no_native_layers is not None:
+        return [f"moe.layer with model_type = {show(family.model_type)}: {family.no_native_layers}; {_INSTEAD}"]
     problems = []
+
+    # 1. The weights of the chosen experts: the layer's own rule (above) must be the model's.
     k = layer.k or int(config["num_experts_per_tok"])
     experts = min(family.expert_counts(config))
-    normalised = model_type == "mixtral" or bool(config.get("norm_topk_prob", False))
-    if model_type == "prmoe":  # made after the layer
-        normalised = k > 1
+    normalised = family.router.normalises(config, k)
     if k > experts:
         problems.append(f"moe.layer.k = {k}: must be 1 to {experts} (the experts)")
     if k > 1 and not normalised:
@@ -56,15 +53,18 @@ def inexpressible(layer: MoeLayer, family: Family, config: Mapping[str, Any]) ->
             f"config.json: router_jitter_noise = {show(config['router_jitter_noise'])}: the layer's noise is another "
             'one; set it to 0 (and "noisy_gate_policy": "Jitter" in moe.layer if you want noise)'
         )
-    for key, value, needs in (
+
+    # 2. Keys that DeepSpeed reads at one number of experts per token only.
+    for key, on, needs in (
         ("use_rts", layer.use_rts, 1),
         ("top2_2nd_expert_sampling", layer.top2_2nd_expert_sampling, 2),
         ("noisy_gate_policy", layer.noisy_gate_policy == "RSample", 1),
     ):
-        if value and k != needs:
+        if on and k != needs:
+            plural = "s" if needs > 1 else ""
             problems.append(
-                f"moe.layer.{key} = {show(getattr(layer, key))} does something at {needs} expert"
-                f"{'s' if needs > 1 else ''} per token only, and there are {k}; remove the key"
+                f"moe.layer.{key} = {show(getattr(layer, key))} does something at {needs} expert{plural} per token "
+                f"only, and there are {k}; remove the key"
             )
     if layer.aux_loss == "layer" and not config.get("router_aux_loss_coef", 0.001):
         problems.append(
@@ -74,31 +74,28 @@ def inexpressible(layer: MoeLayer, family: Family, config: Mapping[str, Any]) ->
 
 
 def _zero_problems(ds: DsConfig) -> Iterator[str]:
-    zero = ds.raw.get("zero_optimization", {})
+    """Native layers with each ZeRO stage, the optimizer and the other kinds of parallelism."""
     if ds.zero_stage not in (1, 2):
         why = "DeepSpeed refuses native layers there" if ds.zero_stage == 3 else "the gradient norm is untested there"
         yield f"moe.layer with zero_optimization.stage = {ds.zero_stage}: {why}; set stage to 1 or 2"
-    if not isinstance(ds.raw.get("optimizer"), dict):
+    if not ds.has_optimizer:
         yield (
             "moe.layer without an optimizer section: DeepSpeed has to build it, with the experts in groups of their "
             "own; copy the optimizer section of ds_configs/zero1_ep2_native.json"
         )
-    if not zero.get("reduce_scatter", True):
-        yield "zero_optimization.reduce_scatter = false: must be true with moe.layer; remove the key"
-    if not zero.get("contiguous_gradients", True):
-        yield "zero_optimization.contiguous_gradients = false: must be true with moe.layer; remove the key"
+    for key in ("reduce_scatter", "contiguous_gradients"):
+        if not ds.zero(key, True):
+            yield f"zero_optimization.{key} = false: must be true with moe.layer; remove the key"
     for key, size in (("tensor_parallel.autotp_size", ds.tp_size), ("sequence_parallel_size", ds.sp_size)):
         if size > 1:
             yield f"{key} = {size}: not supported with moe.layer; set it to 1, or use expert_parallel"
     if ds.raw.get("use_data_before_expert_parallelism"):
-        yield (
-            "use_data_before_expert_parallelism = true: spreads each EP group over the whole machine instead of "
-            "neighbouring ranks, which nothing in this package expects; remove the key"
-        )
+        yield data_before_experts()
 
 
 def _model_problems(layer: MoeLayer, config: Mapping[str, Any], world_size: int) -> Iterator[str]:
-    family = FAMILIES.get(str(config.get("model_type")))
+    """A model that native layers do not know, and experts that ``ep_size`` does not divide."""
+    family = family_of(config)
     if family is None:
         yield (
             f"model_type = {show(config.get('model_type'))}: moe.layer knows {', '.join(sorted(FAMILIES))}; make a MoE "
@@ -106,11 +103,13 @@ def _model_problems(layer: MoeLayer, config: Mapping[str, Any], world_size: int)
         )
         return
     try:
-        counts, _ = family.expert_counts(config), int(config["num_experts_per_tok"])
+        counts = family.expert_counts(config)
+        int(config["num_experts_per_tok"])
     except (KeyError, TypeError, ValueError):
+        or_a_list = "" if family.pools_layers else " (the first may be a list, one for each layer)"
         yield (
             f"config.json: {family.num_experts_key} and num_experts_per_tok must be whole numbers of at least 1"
-            + (" (the first may be a list, one for each layer)" if family.model_type == "prmoe" else "")
+            f"{or_a_list}"
         )
         return
     if not counts:

@@ -7,19 +7,18 @@ Sources: deepspeed 0.19.8, ``runtime/sequence_parallel/ulysses_sp.py`` (attentio
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import divisors
 from moe_models.errors import UserError
 from moe_models.families.sizes import model_sizes
-
-if TYPE_CHECKING:
-    from moe_models.config.ds_config import DsConfig
+from moe_models.families.table import family_of
 
 
 def sequence_parallel_problems(ds: DsConfig, model_config: Mapping[str, Any]) -> Iterator[str]:
     """What the JSON and the model say against it. Any length of sequence will do: rows are padded to a multiple."""
-    if ds.sp_size == 1 or ds.moe.layer is not None:  # native layers say no themselves
+    if ds.sp_size == 1 or ds.moe.layer is not None:  # native.py refuses it
         return
     key = f"sequence_parallel_size = {ds.sp_size}"
     if ds.expert_parallel is None:
@@ -31,8 +30,8 @@ def sequence_parallel_problems(ds: DsConfig, model_config: Mapping[str, Any]) ->
             f"train_batch_size = {ds.raw['train_batch_size']} with {key}: transformers compares it with a number that "
             'counts the ranks which share a sequence; write "auto"'
         )
-    window = model_config.get("sliding_window") if model_config.get("use_sliding_window", True) else None
-    if window:
+    window = model_config.get("sliding_window")
+    if window and model_config.get("use_sliding_window", True):
         yield (
             f"{key} with sliding_window = {window} in config.json: Ulysses drops the mask that makes the window; "
             "remove sequence_parallel_size"
@@ -41,10 +40,12 @@ def sequence_parallel_problems(ds: DsConfig, model_config: Mapping[str, Any]) ->
         sizes = model_sizes(model_config)
     except UserError:  # a config.json that is broken beyond this, or a model that AutoEP does not take
         return
-    if sizes.value_dim != sizes.head_dim or model_config.get("kv_lora_rank") is not None:
+
+    # Each rank takes some heads of the whole sequence: they must be alike, and there must be enough for all.
+    family = family_of(model_config)
+    if family is not None and family.no_sequence_parallel is not None:
         yield (
-            f"{key} with model_type = {model_config.get('model_type')}: Ulysses exchanges heads of one width, and the "
-            "queries and values of latent attention have two; remove sequence_parallel_size"
+            f"{key} with model_type = {family.model_type}: {family.no_sequence_parallel}; remove sequence_parallel_size"
         )
     elif sizes.heads % ds.sp_size:
         yield f"{key} does not divide the model's {sizes.heads} attention heads; use one of {divisors(sizes.heads)}"

@@ -1,5 +1,5 @@
-"""Where ``--torch_compile`` keeps the function (measured in ``tests/training/test_compile.py``), and where it is
-refused."""
+"""``--torch_compile``: where it is refused. Where it keeps the function is measured in
+``tests/training/test_compile.py``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from moe_models.config.ds_config import DsConfig
 
 
 def compile_problems(ds: DsConfig, torch_compile: bool, liger: bool = False) -> Iterator[str]:
-    """What ``--torch_compile`` cannot do with this ds_config or with Liger's kernels, and its ``"compile"`` section not
-    without the flag."""
-    around = bool(ds.raw.get("compile", {}).get("autoep_non_moe"))
+    """What ``--torch_compile`` cannot do with this ds_config or with Liger's kernels.
+
+    Also what ``"compile": {"autoep_non_moe": true}`` cannot do without the flag.
+    """
+    around = ds.compiles_around_experts
     if around and not torch_compile:
         yield "compile.autoep_non_moe = true: does nothing without --torch_compile; add the flag, or remove the key"
     if around and ds.expert_parallel is None:

@@ -1,4 +1,4 @@
-"""One HTML file out of the data and the files beside this one; it may load nothing and run only what is in it."""
+"""One HTML file out of the data and the files beside this one. It may load nothing and run only what is in it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ MAX_BYTES = 2_000_000
 
 def assemble(data: dict[str, Any], title: str) -> str:
     """The page. Raises UserError if it is larger than ``MAX_BYTES``."""
+    # 1. The parts. The policy names script and style by their hashes, so nothing else in the page can run.
     folder = files("moe_models.report")
     style = "\n" + folder.joinpath("page.css").read_text(encoding="utf-8")
     script = "\n" + "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -29,17 +30,21 @@ def assemble(data: dict[str, Any], title: str) -> str:
         "script": script,
         "data": embed(data),
     }
-    page = folder.joinpath("page.html").read_text(encoding="utf-8")
-    # Cut at the placeholders, not replaced one after the other: what is filled in may look like a placeholder.
-    pieces = page.split("@@")
-    page = "".join(piece if n % 2 == 0 else parts[piece] for n, piece in enumerate(pieces))
-    if (size := len(page.encode())) > MAX_BYTES:
+    # 2. Put together: text and names of parts alternate. Cut at the placeholders, not replaced one after the other,
+    # because what is filled in may look like a placeholder.
+    pieces = folder.joinpath("page.html").read_text(encoding="utf-8").split("@@")
+    for place in range(1, len(pieces), 2):
+        pieces[place] = parts[pieces[place]]
+    page = "".join(pieces)
+    # 3. A page that can still be sent by mail.
+    size = len(page.encode())
+    if size > MAX_BYTES:
         raise UserError(f"the page would have {size:,} bytes, more than {MAX_BYTES:,}; route less: --max_tokens 4096")
     return page
 
 
 def embed(data: dict[str, Any]) -> str:
-    """JSON that no HTML parser takes for anything but text: ASCII, without < > and &."""
+    """JSON that every HTML parser reads as text only: ASCII, without < > and &."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -47,5 +52,6 @@ def embed(data: dict[str, Any]) -> str:
 
 
 def _hash(source: str) -> str:
-    """What a Content-Security-Policy names an inline script or style by."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode("ascii")
+    """The name of an inline script or style in a Content-Security-Policy."""
+    digest = hashlib.sha256(source.encode()).digest()
+    return "sha256-" + base64.b64encode(digest).decode("ascii")

@@ -12,7 +12,7 @@ from torch import nn
 from moe_models.engine.blocks import find_blocks
 
 ROW = 480
-"""Tokens of one forward pass at most; a document longer than that is cut."""
+"""Most tokens of one forward pass; a longer document is cut into several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,10 @@ def cut(documents: list[list[int]], row: int, max_tokens: int) -> list[list[int]
     rows: list[list[int]] = []
     left = max_tokens
     for ids in documents:
-        for start in range(0, min(len(ids), left), row):
-            rows.append(ids[start : min(start + row, left)])
-        left -= min(len(ids), left)
+        kept = min(len(ids), left)
+        for start in range(0, kept, row):
+            rows.append(ids[start : min(start + row, kept)])
+        left -= kept
     return rows
 
 
@@ -47,19 +48,24 @@ def record(
     progress: Callable[[int, int], None] | None = None,
 ) -> Recording:
     """Route ``rows`` through a Hugging Face model in evaluation mode; ``progress`` gets (rows done, rows)."""
+    # 1. Listen at every router: the weights and expert ids of each forward pass, the heaviest expert first.
     blocks = find_blocks(model)
-    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in blocks]
+    weights_of_layer: list[list[torch.Tensor]] = [[] for _ in blocks]
+    choices_of_layer: list[list[torch.Tensor]] = [[] for _ in blocks]
 
     def listen(layer: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
             _, weights_TK, choices_TK = output
             weights_TK, order_TK = weights_TK.float().sort(-1, descending=True)  # DeepSeek's come unsorted
-            seen[layer].append((choices_TK.gather(-1, order_TK).short().cpu(), weights_TK.cpu()))
+            choices_TK = choices_TK.gather(-1, order_TK)
+            weights_of_layer[layer].append(weights_TK.cpu())
+            choices_of_layer[layer].append(choices_TK.short().cpu())
 
         return hook
 
     handles = [block.router.register_forward_hook(listen(layer)) for layer, block in enumerate(blocks)]
-    base: Any = model.base_model  # without the head: its logits are not needed
+    # 2. One forward pass for each row, without the head: its logits are not needed.
+    base: Any = model.base_model
     device = base.get_input_embeddings().weight.device
     try:
         for done, row in enumerate(rows, start=1):
@@ -69,9 +75,10 @@ def record(
     finally:
         for handle in handles:
             handle.remove()
+    # 3. The rows of each layer one after the other.
     return Recording(
         blocks=[block.path for block in blocks],
         rows=rows,
-        choices_LNK=torch.stack([torch.cat([choices for choices, _ in layer]) for layer in seen]),
-        weights_LNK=torch.stack([torch.cat([weights for _, weights in layer]) for layer in seen]),
+        choices_LNK=torch.stack([torch.cat(choices) for choices in choices_of_layer]),
+        weights_LNK=torch.stack([torch.cat(weights) for weights in weights_of_layer]),
     )

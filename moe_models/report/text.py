@@ -1,4 +1,4 @@
-"""Text from a file that may hold anything, and token pieces as something that can be looked at."""
+"""Text from a file that may hold anything, and token pieces in a form that can be seen."""
 
 from __future__ import annotations
 
@@ -15,26 +15,34 @@ _MARKS = {"\n": "⏎", "\t": "⇥"}
 _LONGEST = 60
 """Characters of a piece that are shown: some tokens are a hundred dashes."""
 _CHANGES_ITS_NEIGHBOURS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-"""Unicode categories that are not seen themselves: controls, bidi and zero-width marks, surrogates, unassigned."""
+"""Unicode categories that are invisible themselves: controls, bidi and zero-width marks, surrogates, unassigned."""
 
 
 def read_documents(path: Path) -> tuple[list[str], list[str]]:
     """The texts of a file, and one line for each thing that had to be replaced in it.
 
-    ``.jsonl``: the ``text`` of every line; anything else: the whole file. What is not UTF-8, and lone surrogates that
-    JSON can spell, become U+FFFD. Raises UserError for a path that is no file, a line without ``text``, and no text.
+    A ``.jsonl`` gives the ``text`` of every line; any other file is one text. Bytes that are not UTF-8, and lone
+    surrogates that JSON can spell, become U+FFFD. Raises UserError for a path that is no file, a line without ``text``,
+    and a file without any text.
     """
+    # 1. Bytes.
     if not path.is_file():
         raise UserError(f"--text {path}: no such file; give a text file, or a .jsonl with `text` in every line")
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"--text {path}: cannot be read ({error.strerror})") from None
+    # 2. Characters. A U+FFFD that the file itself holds is no replacement.
     content = raw.decode("utf-8-sig", errors="replace")
     notes = []
-    if (wrong := content.count("\ufffd") - raw.count("\ufffd".encode())) > 0:
+    wrong = content.count("\ufffd") - raw.count("\ufffd".encode())
+    if wrong > 0:
         notes.append(f"{path.name}: {wrong} places are not UTF-8 and are shown as \ufffd")
-    texts = _json_lines(path, content) if path.suffix == ".jsonl" else [content]
+    # 3. Texts. The way through UTF-16 joins the two halves of a character, and replaces halves that are alone.
+    if path.suffix == ".jsonl":
+        texts = _json_lines(path, content)
+    else:
+        texts = [content]
     clean = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
     if clean != texts:
         notes.append(f"{path.name}: lone surrogates are shown as \ufffd")
@@ -45,6 +53,7 @@ def read_documents(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _json_lines(path: Path, content: str) -> list[str]:
+    """The ``text`` of every line that is not empty."""
     texts = []
     # Not splitlines(): JSON strings may hold U+2028 and others that it takes for line ends.
     for number, line in enumerate(content.split("\n"), start=1):
@@ -61,11 +70,12 @@ def _json_lines(path: Path, content: str) -> list[str]:
 
 
 def piece(tokenizer: Any, token_id: int) -> str:
-    """One token as text: spaces stay, what cannot be seen is spelled, parts of a character are shown as bytes."""
+    """One token as text: spaces stay, invisible characters are spelled, parts of a character are shown as bytes."""
     raw = tokenizer.convert_ids_to_tokens(token_id)
     if raw is None:  # more rows in the embedding than the tokenizer has tokens
         return f"⟨{token_id}⟩"
     text = tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # Part of a character: SentencePiece calls it <0xC3>, byte-level BPE writes each byte as a letter of its alphabet.
     if _BYTE_PIECE.fullmatch(raw) and ("\ufffd" in text or not text):
         return f"⟨{raw[3:5]}⟩"
     if "\ufffd" in text and "\ufffd" not in raw:
@@ -74,13 +84,17 @@ def piece(tokenizer: Any, token_id: int) -> str:
             return f"⟨{' '.join(f'{alphabet[character]:02X}' for character in raw)}⟩"
     if raw.startswith("▁") and not text.startswith(" "):  # SentencePiece drops the first space of what it decodes
         text = " " + text
-    return visible(text if len(text) <= _LONGEST else text[:_LONGEST] + "…")
+    if len(text) > _LONGEST:
+        text = text[:_LONGEST] + "…"
+    return visible(text)
 
 
 def visible(text: str) -> str:
-    """``text`` with everything spelled out that is not seen, or that changes how its neighbours are shown."""
+    """``text`` with every character spelled out that is invisible, or that changes how its neighbours are shown."""
     seen = "".join(_seen(character) for character in text)
-    return "◌" + seen if seen and unicodedata.category(seen[0]).startswith("M") else seen
+    if seen and unicodedata.category(seen[0]).startswith("M"):
+        return "◌" + seen  # an accent alone would sit on the character before it
+    return seen
 
 
 def _seen(character: str) -> str:
@@ -94,7 +108,9 @@ def _seen(character: str) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(0x100 + n): byte for n, byte in enumerate(rest)}
+    """Character -> byte of byte-level BPE (GPT-2): printable Latin-1 is itself, the other bytes follow from U+0100."""
+    alphabet = {chr(byte): byte for byte in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
+    others = [byte for byte in range(256) if chr(byte) not in alphabet]
+    for number, byte in enumerate(others):
+        alphabet[chr(0x100 + number)] = byte
+    return alphabet

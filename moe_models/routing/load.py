@@ -1,8 +1,8 @@
 """How evenly tokens are spread over experts: counts of the router's choices, and the figures that follow from them.
 
-Counted is what the experts were chosen for, hence padding too, and what native layers then dropped. Each rank counts
-on its device, without waiting for it; ranks are summed only when somebody reads, in one all-reduce of [L, 2E + 2].
-Training counts cover one optimizer step with all its micro-batches; evaluation has counts of its own.
+What is counted: each choice of an expert, so padding too, and of these what native layers then dropped. Each rank
+counts on its device without waiting for it. Ranks are summed only when the counts are read, in one all-reduce of
+[L, 2E + 2]. Training counts cover one optimizer step with all its micro-batches; evaluation has counts of its own.
 """
 
 from __future__ import annotations
@@ -52,17 +52,37 @@ class LayerLoad:
 def layer_load(
     layer: str, tokens: list[int], entropy: float, ep_size: int, dropped: list[int] | None = None
 ) -> LayerLoad:
-    """The figures of one layer from its counts. Experts are dealt to EP ranks in equal runs, as AutoEP does."""
-    held = len(tokens) // ep_size
-    ranks = [sum(tokens[start : start + held]) for start in range(0, len(tokens), held)]
+    """The figures of one layer from its counts. A layer without any token counts as balanced.
+
+    Args:
+        layer: module path of the MoE block.
+        tokens: choices of each expert.
+        entropy: mean entropy of the router's probabilities over log E.
+        ep_size: EP ranks that share the experts: rank 0 has the first E / ep_size, and so on, as in AutoEP.
+        dropped: choices of each expert that were dropped, of a native layer.
+    """
+    # 1. Experts: mean and variance of their counts.
     mean = sum(tokens) / len(tokens)
     variance = sum((count - mean) ** 2 for count in tokens) / len(tokens)
+
+    # 2. EP ranks: each computes the tokens of the experts that it holds.
+    per_rank = len(tokens) // ep_size
+    ranks = [sum(tokens[first : first + per_rank]) for first in range(0, len(tokens), per_rank)]
+
+    # 3. Relative to the mean; without any token there is none.
+    max_mean = 1.0
+    rank_max_mean = 1.0
+    cv = 0.0
+    if mean:
+        max_mean = max(tokens) / mean
+        rank_max_mean = max(ranks) * len(ranks) / sum(ranks)
+        cv = variance**0.5 / mean
     return LayerLoad(
         layer=layer,
         tokens=tokens,
-        max_mean=max(tokens) / mean if mean else 1.0,
-        rank_max_mean=max(ranks) * len(ranks) / sum(ranks) if mean else 1.0,
-        cv=variance**0.5 / mean if mean else 0.0,
+        max_mean=max_mean,
+        rank_max_mean=rank_max_mean,
+        cv=cv,
         dead=tokens.count(0),
         entropy=entropy,
         dropped=dropped,
@@ -89,11 +109,26 @@ class LoadStats:
     """Counters of all MoE layers of one model on this rank; a :class:`~moe_models.routing.tap.RouterTap` feeds them."""
 
     def __init__(self, layers: list[str], experts: list[int], ep_size: int, score_func: str, device: Any) -> None:
-        self._layers, self._experts, self._ep_size, self._score_func = layers, experts, ep_size, score_func
-        self._drops = False
-        # Per layer: tokens of each expert, those dropped, sum of entropies, tokens. Doubles are exact to 2^53.
+        """Begin with zeros.
+
+        Args:
+            layers: module paths of the MoE blocks.
+            experts: number of experts of each.
+            ep_size: EP ranks that share the experts of a layer.
+            score_func: ``softmax`` or ``sigmoid``, see :func:`~moe_models.routing.tap.scores`.
+            device: where the routers compute.
+        """
+        self._layers = layers
+        self._experts = experts
+        self._ep_size = ep_size
+        self._score_func = score_func
+        self._drops = False  # becomes True with the first native layer that reports
+        # One row per layer, with E that of the widest layer:
+        #   [choices of each expert (E), dropped choices of each (E), sum of the tokens' entropies, tokens]
+        # In fp64, which counts exactly to 2^53; fp32 would stop at 16.8 million tokens.
+        columns = 2 * max(experts) + 2
         self._sums = {
-            training: torch.zeros(len(layers), 2 * max(experts) + 2, dtype=torch.float64, device=device)
+            training: torch.zeros(len(layers), columns, dtype=torch.float64, device=device)
             for training in (True, False)
         }
 
@@ -107,13 +142,17 @@ class LoadStats:
         counted_2E: torch.Tensor | None = None,
     ) -> None:
         """Count one layer of one forward pass."""
-        row, E = self._sums[training][layer], max(self._experts)
+        row = self._sums[training][layer]
+        E = max(self._experts)
+        # 1. Choices: one for each of the K experts of a token, or what a native layer counted itself.
         if counted_2E is None:
             chosen = choices_TK.reshape(-1)
             row.scatter_add_(0, chosen.long(), torch.ones_like(chosen, dtype=row.dtype))
         else:
             self._drops = True
-            row[: 2 * E].view(2, E)[:, : counted_2E.shape[1]] += counted_2E
+            layer_E = counted_2E.shape[1]
+            row[: 2 * E].view(2, E)[:, :layer_E] += counted_2E
+        # 2. The sum of -p log p over tokens and experts, and the tokens that it is to be divided by.
         row[-2] += torch.special.entr(scores(logits_TE, self._score_func)).sum()
         row[-1] += choices_TK.shape[0]
 
@@ -136,12 +175,18 @@ class LoadStats:
         return [self._figures(*layer) for layer in zip(self._layers, self._experts, rows, strict=True)]
 
     def _figures(self, name: str, E: int, row: list[float]) -> LayerLoad:
-        first_dropped = max(self._experts)
-        dropped = [int(count) for count in row[first_dropped : first_dropped + E]] if self._drops else None
+        """The figures of a layer with E experts from its row of sums."""
+        tokens = [int(count) for count in row[:E]]
+        dropped = None
+        if self._drops:
+            first_dropped = max(self._experts)
+            dropped = [int(count) for count in row[first_dropped : first_dropped + E]]
+        # Mean entropy over its maximum, log E. A layer that no token reached has 0, and so has one of a single expert.
         entropy = row[-2] / max(row[-1], 1.0) / max(math.log(E), 1e-12)
-        return layer_load(name, [int(count) for count in row[:E]], entropy, self._ep_size, dropped)
+        return layer_load(name, tokens, entropy, self._ep_size, dropped)
 
     def _reduced(self, training: bool, group: Any) -> torch.Tensor:
+        """The sums of all ranks of ``group``; the own ones stay as they are."""
         sums = self._sums[training].clone()
         if dist.is_initialized():
             dist.all_reduce(sums, group=group)

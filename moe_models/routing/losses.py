@@ -1,24 +1,35 @@
-"""Keeping the experts evenly loaded: the auxiliary loss in three scopes, the z-loss, and the selection bias.
+"""Keeping the experts evenly loaded: the auxiliary loss in three scopes, and the z-loss.
 
-The auxiliary loss is the one of Switch Transformers as Hugging Face normalises it: E * sum_e f_e P_e, where f_e is the
-share of tokens sent to expert e (it sums to K) and P_e the mean router probability; balanced, it is K. Hugging Face
+The auxiliary loss is the one of Switch Transformers (arXiv 2101.03961) as Hugging Face normalises it:
+
+    aux = E * sum_e f_e P_e
+
+f_e is the share of tokens that were sent to expert e (the shares sum to K), P_e the mean router probability of e.
+Balanced, aux is K. Only P has a gradient: it lowers the probability of the experts that got many tokens. Hugging Face
 pools all layers before it multiplies, so that the layers can cancel each other; ``per_layer`` multiplies within each.
 
-What a scope changes is the set of tokens that f and P are taken over:
+A scope is the set of tokens that f and P are taken over:
 
-- ``micro_batch``: one micro-batch of one rank, Hugging Face's function;
+- ``micro_batch``: one micro-batch of one rank, as in Hugging Face;
 - ``sequence``: each sequence alone, then the mean over sequences (DeepSeek-V3, arXiv 2412.19437, section 2.1.2);
-- ``global_batch``: all ranks of the data-parallel group (arXiv 2501.11873). f has no gradient, so summing counts over
-  the ranks is enough: with W ranks, rank r takes W * E * sum_e f_e P_e^r, where P_e^r is its own sum of probabilities
-  over the tokens of *all* ranks. The mean over ranks, which is what data parallelism makes of value and gradient, is
-  then the loss of the whole batch, exactly. With gradient accumulation the later micro-batches are not known when the
-  first one runs backward; f is taken over those seen so far in the optimizer step.
+- ``global_batch``: all ranks of the data-parallel group (arXiv 2501.11873).
 
-With sequence parallelism a sequence lies on the ranks of one SP group: f is taken over all its tokens, and each rank
-takes its own share of P, so that the sum over the group, which is what DeepSpeed makes of the gradients, is the term of
-the whole sequence.
+``global_batch`` over W ranks needs no more than a sum of counts, because f has no gradient. Rank r takes
 
-Padding is left out of all losses, as in Hugging Face.
+    aux_r = W * E * sum_e f_e P_e^r
+
+where f_e counts the tokens of all ranks and P_e^r is rank r's own sum of probabilities over the number of tokens of
+*all* ranks. Data parallelism averages values and gradients over ranks, and the mean of aux_r is exactly the loss of the
+whole batch. With gradient accumulation the later micro-batches are not known when the first one runs backward: f is
+taken over the micro-batches of the optimizer step that were seen so far.
+
+With sequence parallelism the ranks of one SP group hold parts of the same sequences. f is taken over all tokens of the
+group, and each rank takes its own share of P. DeepSpeed sums gradients over the group, and the sum of the shares is the
+loss of the whole sequence.
+
+All losses leave padding out, as Hugging Face does.
+
+Shapes, besides the legend of ``moe_models``: S token sets (one, or one for each sequence).
 """
 
 from __future__ import annotations
@@ -40,7 +51,7 @@ def load_balancing_loss(
     per_layer: bool,
     experts: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """The mean over S token sets of E * sum_e f_e P_e.
+    """The mean over S token sets of E * sum_e f_e P_e, a scalar.
 
     Args:
         counts_SLE: how often each expert was chosen, per set and layer.
@@ -49,12 +60,25 @@ def load_balancing_loss(
         per_layer: multiply in each layer and average, instead of pooling the layers first.
         experts: those of each layer, if they are not all E; the others' columns are 0.
     """
+    # 1. Hugging Face's form has one layer: the mean of all.
     E_L = torch.tensor(experts or [counts_SLE.shape[-1]], device=counts_SLE.device)
     if not per_layer:
-        counts_SLE, sums_SLE, E_L = counts_SLE.mean(1, keepdim=True), sums_SLE.mean(1, keepdim=True), E_L[:1]
+        counts_SLE = counts_SLE.mean(1, keepdim=True)
+        sums_SLE = sums_SLE.mean(1, keepdim=True)
+        E_L = E_L[:1]
+
+    # 2. f and P: from sums over tokens to means. An empty set divides 0 by 1.
     tokens_S11 = tokens_S.clamp_min(1.0)[:, None, None]
-    loss_S = (E_L * (counts_SLE / tokens_S11 * (sums_SLE / tokens_S11)).sum(-1)).mean(-1)
-    loss: torch.Tensor = (loss_S * (tokens_S > 0)).sum() / (tokens_S > 0).sum().clamp_min(1)
+    f_SLE = counts_SLE / tokens_S11
+    P_SLE = sums_SLE / tokens_S11
+
+    # 3. E * sum_e f_e P_e of each set and layer, and its mean over layers.
+    loss_SL = E_L * (f_SLE * P_SLE).sum(-1)
+    loss_S = loss_SL.mean(-1)
+
+    # 4. The mean over sets that hold a token.
+    filled_S = tokens_S > 0
+    loss: torch.Tensor = (loss_S * filled_S).sum() / filled_S.sum().clamp_min(1)
     return loss
 
 
@@ -63,8 +87,11 @@ def z_loss(logits_LTE: Sequence[torch.Tensor], weight_T: torch.Tensor, tokens: t
 
     ``tokens`` is the sum of ``weight_T``, or more where other ranks hold the rest of the tokens.
     """
-    per_layer = [(logits_TE.float().logsumexp(-1) ** 2 * weight_T).sum() for logits_TE in logits_LTE]
-    return torch.stack(per_layer).mean() / tokens.clamp_min(1.0)
+    of_layers = []
+    for logits_TE in logits_LTE:
+        squared_T = logits_TE.float().logsumexp(-1) ** 2  # in fp32: bf16 has 3 digits, and a square doubles the error
+        of_layers.append((squared_T * weight_T).sum())
+    return torch.stack(of_layers).mean() / tokens.clamp_min(1.0)
 
 
 def token_sets(inputs: Mapping[str, Any], by_sequence: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -74,20 +101,30 @@ def token_sets(inputs: Mapping[str, Any], by_sequence: bool) -> tuple[torch.Tens
     """
     ids_BT = inputs["input_ids"]
     mask_BT = inputs.get("attention_mask")
-    weight_T = torch.ones_like(ids_BT, dtype=torch.float32) if mask_BT is None else mask_BT.float()
+    if mask_BT is None:
+        weight_T = torch.ones_like(ids_BT, dtype=torch.float32).reshape(-1)
+    else:
+        weight_T = mask_BT.float().reshape(-1)
+
+    # 1. One set: all tokens of the batch.
     if not by_sequence:
-        return torch.zeros_like(ids_BT).reshape(-1), weight_T.reshape(-1), 1
+        return torch.zeros_like(ids_BT).reshape(-1), weight_T, 1
+
+    # 2. A packed batch: count the starts of sequences up to each token. A row may begin inside a sequence.
     if mask_BT is None and inputs.get("position_ids") is not None:
         starts_BT = inputs["position_ids"] == 0
         starts_BT[:, 0] = True
         set_T = starts_BT.reshape(-1).cumsum(0) - 1
-        return set_T, weight_T.reshape(-1), int(set_T[-1]) + 1
-    rows = torch.arange(ids_BT.shape[0], device=ids_BT.device)
-    return rows.repeat_interleave(ids_BT.shape[1]), weight_T.reshape(-1), ids_BT.shape[0]
+        return set_T, weight_T, int(set_T[-1]) + 1
+
+    # 3. A padded batch: the row of each token.
+    rows, length = ids_BT.shape
+    set_T = torch.arange(rows, device=ids_BT.device).repeat_interleave(length)
+    return set_T, weight_T, rows
 
 
 class AuxLoss:
-    """The terms of one training run; an observer of :class:`~moe_models.routing.tap.RouterTap`.
+    """The balance terms of one training run; an observer of :class:`~moe_models.routing.tap.RouterTap`.
 
     The tap hands over every layer's logits during the forward pass; :meth:`terms` makes losses of them.
     """
@@ -101,11 +138,23 @@ class AuxLoss:
         group: Any = None,
         peers: Any = None,
     ) -> None:
-        """``experts`` has those of each layer; ``peers`` is the SP group."""
-        self._score_func, self._scope, self._per_layer = score_func, scope, per_layer
-        self._group, self._peers = group, peers
+        """Begin a run.
+
+        Args:
+            experts: number of experts of each MoE layer.
+            score_func: ``softmax`` or ``sigmoid``, see :func:`~moe_models.routing.tap.scores`.
+            scope: ``micro_batch``, ``sequence`` or ``global_batch``.
+            per_layer: see :func:`load_balancing_loss`.
+            group: the data-parallel process group; None for all ranks.
+            peers: the SP group, or None without sequence parallelism.
+        """
         self._experts = experts
-        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._score_func = score_func
+        self._scope = scope
+        self._per_layer = per_layer
+        self._group = group
+        self._peers = peers
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> (logits [T, E], choices [T, K])
         self.new_step()
 
     def new_step(self) -> None:
@@ -121,50 +170,93 @@ class AuxLoss:
             self._seen[layer] = (logits_TE, choices_TK)
 
     def terms(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """``aux_loss`` and ``z_loss`` of the forward pass that just ended; collective in scope ``global_batch``."""
-        L, E = len(self._experts), max(self._experts)
+        """``aux_loss`` and ``z_loss`` of the forward pass that just ended, both scalars with gradient.
+
+        Collective in scope ``global_batch`` and with sequence parallelism. Raises RuntimeError if a layer did not
+        report, or if no gradient can flow.
+        """
+        # 1. What the tap handed over, in layer order.
+        routed = self._take_seen()
+
+        # 2. Per token set, layer and expert: choices (no gradient) and sums of probabilities (with gradient).
+        set_T, weight_T, S = token_sets(inputs, self._scope == "sequence")
+        counts = []
+        sums = []
+        for logits_TE, choices_TK in routed:
+            counts_SE, sums_SE = self._count(logits_TE, choices_TK, set_T, weight_T, S)
+            counts.append(counts_SE)
+            sums.append(sums_SE)
+        counts_SLE = torch.stack(counts, 1)
+        sums_SLE = torch.stack(sums, 1)
+        tokens_S = torch.zeros(S, device=weight_T.device).index_add(0, set_T, weight_T)
+
+        # 3. Sequence parallelism: choices and tokens of the whole sequences, in one all-reduce. The sums stay this
+        # rank's own share.
+        if self._peers is not None:
+            packed = torch.cat([counts_SLE.reshape(-1), tokens_S])
+            dist.all_reduce(packed, group=self._peers)
+            counts_SLE = packed[:-S].view_as(counts_SLE)
+            tokens_S = packed[-S:]
+
+        # 4. The losses.
+        if self._scope == "global_batch":
+            aux_loss = self._global(counts_SLE, sums_SLE, tokens_S)
+        else:
+            aux_loss = load_balancing_loss(counts_SLE, sums_SLE, tokens_S, self._per_layer, self._experts)
+        logits_LTE = [logits_TE for logits_TE, _ in routed]
+        return {"aux_loss": aux_loss, "z_loss": z_loss(logits_LTE, weight_T, tokens_S.sum())}
+
+    def _take_seen(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(logits, choices) of every layer, in order; forgets them."""
+        L = len(self._experts)
         if sorted(self._seen) != list(range(L)):
             raise RuntimeError(f"router logits of layers {sorted(self._seen)} arrived, the model has {L} MoE layers")
-        seen = [self._seen[layer] for layer in range(L)]
+        routed = [self._seen[layer] for layer in range(L)]
         self._seen.clear()
-        if not any(logits_TE.requires_grad for logits_TE, _ in seen):
+        if not any(logits_TE.requires_grad for logits_TE, _ in routed):
             raise RuntimeError(
                 "the router logits carry no gradient, so no balancing loss can act; with gradient checkpointing set "
                 "--gradient_checkpointing_kwargs '{\"use_reentrant\": false}'"
             )
-        set_T, weight_T, S = token_sets(inputs, self._scope == "sequence")
-        counts, sums = [], []
-        for logits_TE, choices_TK in seen:
-            zeros_SE = torch.zeros(S, logits_TE.shape[1], device=logits_TE.device)
-            missing = (0, E - logits_TE.shape[1])  # in a pyramid
-            with torch.no_grad():
-                chosen_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter_(1, choices_TK.long(), 1.0)
-                counts.append(pad(zeros_SE.index_add(0, set_T, chosen_TE * weight_T[:, None]), missing))
-            weighted_TE = scores(logits_TE, self._score_func) * weight_T[:, None]
-            sums.append(pad(zeros_SE.index_add(0, set_T, weighted_TE), missing))
-        counts_SLE, sums_SLE = torch.stack(counts, 1), torch.stack(sums, 1)
-        tokens_S = torch.zeros(S, device=weight_T.device).index_add(0, set_T, weight_T)
-        if self._peers is not None:
-            packed = torch.cat([counts_SLE.reshape(-1), tokens_S])
-            dist.all_reduce(packed, group=self._peers)
-            counts_SLE, tokens_S = packed[:-S].view_as(counts_SLE), packed[-S:]
-        if self._scope == "global_batch":
-            aux = self._global(counts_SLE, sums_SLE, tokens_S)
-        else:
-            aux = load_balancing_loss(counts_SLE, sums_SLE, tokens_S, self._per_layer, self._experts)
-        return {"aux_loss": aux, "z_loss": z_loss([logits_TE for logits_TE, _ in seen], weight_T, tokens_S.sum())}
+        return routed
+
+    def _count(
+        self, logits_TE: torch.Tensor, choices_TK: torch.Tensor, set_T: torch.Tensor, weight_T: torch.Tensor, S: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(how often each expert was chosen, sum of its probabilities) of one layer, both [S, E] and without padding.
+
+        E is that of the widest layer: the layers of a pyramid get columns of zeros, so that they can be stacked.
+        """
+        layer_E = logits_TE.shape[1]
+        missing_columns = (0, max(self._experts) - layer_E)
+        zeros_SE = torch.zeros(S, layer_E, device=logits_TE.device)
+        with torch.no_grad():
+            chosen_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter_(1, choices_TK.long(), 1.0)
+            counts_SE = zeros_SE.index_add(0, set_T, chosen_TE * weight_T[:, None])
+        probabilities_TE = scores(logits_TE, self._score_func) * weight_T[:, None]
+        sums_SE = zeros_SE.index_add(0, set_T, probabilities_TE)
+        return pad(counts_SE, missing_columns), pad(sums_SE, missing_columns)
 
     def _global(self, counts_1LE: torch.Tensor, sums_1LE: torch.Tensor, tokens_1: torch.Tensor) -> torch.Tensor:
-        counts_LE, tokens, world = counts_1LE[0], tokens_1[0], 1
+        """This rank's ``aux_loss`` in scope ``global_batch``; the mean over ranks is that of the whole batch."""
+        # 1. Choices and tokens of this micro-batch on all ranks, in one all-reduce.
+        counts_LE = counts_1LE[0]
+        tokens = tokens_1[0]
+        world = 1
         if dist.is_initialized():
             packed = torch.cat([counts_LE.reshape(-1), tokens_1])
             dist.all_reduce(packed, group=self._group)
-            counts_LE, tokens = packed[:-1].view_as(counts_LE), packed[-1]
+            counts_LE = packed[:-1].view_as(counts_LE)
+            tokens = packed[-1]
             world = dist.get_world_size(self._group)
+
+        # 2. f over the micro-batches of this optimizer step so far.
         self._step_counts_LE = self._step_counts_LE + counts_LE
         self._step_tokens = self._step_tokens + tokens
-        frequencies_LE = self._step_counts_LE / self._step_tokens
-        # f over the step's tokens, P over this micro-batch's of all ranks, this rank's share of it W times. (SP peers
-        # counted their tokens together: SP times too many here, which makes it W / SP times, and SP shares are summed.)
-        counts_1LE = (frequencies_LE * tokens)[None]
+        f_LE = self._step_counts_LE / self._step_tokens
+
+        # 3. P over this micro-batch of all ranks: W times this rank's share, divided by the tokens of all. As
+        # load_balancing_loss divides counts by tokens too, it gets f * tokens. (SP peers counted their tokens together:
+        # `tokens` is SP times too large, which makes the factor W / SP, and the shares of peers are summed.)
+        counts_1LE = (f_LE * tokens)[None]
         return load_balancing_loss(counts_1LE, world * sums_1LE, tokens[None], self._per_layer, self._experts)

@@ -12,6 +12,7 @@ import pytest
 from moe_models.config import deepspeed_keys
 from moe_models.config.ds_config import load_ds_config
 from moe_models.config.expert_parallel import ExpertParallel
+from moe_models.config.layout import Layout
 from moe_models.errors import UserError
 from moe_models.files import read_json
 
@@ -90,6 +91,29 @@ def test_typed(tmp_path: Path) -> None:
     assert (ds.zero_stage, ds.ep_size, ds.tp_size, ds.sp_size, ds.precision) == (1, 2, 2, 4, "bf16")
     with pytest.raises(dataclasses.FrozenInstanceError):
         ds.zero_stage = 2  # type: ignore[misc]
+
+
+def test_it_answers_for_itself(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+    config = {**GOOD, "zero_optimization": {"stage": 3, "reduce_scatter": False, **offload}, "compile": {}}
+    config["tensor_parallel"] = {"autotp_size": 2}
+    path.write_text(json.dumps({**config, "moe": {}}))
+    ds = load_ds_config(path)
+    assert ds.layout(8) == Layout(8, 2, tp_size=2)
+    assert ds.spreads_experts
+    assert ds.offloaded == {"optimizer"}
+    assert (ds.zero("reduce_scatter", True), ds.zero("contiguous_gradients", True)) == (False, True)
+    assert (ds.has_optimizer, ds.deepcompile, ds.compiles_around_experts) == (False, False, False)
+    path.write_text(json.dumps({"moe": {"layer": {"ep_size": 2}}, "optimizer": {"type": "AdamW"}}))
+    native = load_ds_config(path)
+    assert native.layout(4) == Layout(4, 2)
+    assert native.spreads_experts
+    assert native.has_optimizer
+    path.write_text("{}")
+    plain = load_ds_config(path)
+    assert not plain.spreads_experts
+    assert plain.offloaded == set()
 
 
 @pytest.mark.parametrize(

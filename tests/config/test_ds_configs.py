@@ -14,7 +14,8 @@ from moe_models.config.layout import Layout
 from moe_models.config.moe_section import ELSEWHERE, MoeLayer
 from moe_models.engine.cpu import adapt_for_cpu
 from moe_models.files import read_json
-from moe_models.preflight.run import check_run, warnings_for_run
+from moe_models.preflight.advice import warnings_for_run
+from moe_models.preflight.run import check_run
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 FILES = sorted(FOLDER.rglob("*.json"))

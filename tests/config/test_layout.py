@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from moe_models.config.layout import Coordinates, Layout, divisors, size_problems
+from moe_models.config.layout import Coordinates, Degrees, Layout, divisors, size_problems
 from moe_models.errors import UserError
 
 SHAPES = [
@@ -171,3 +172,21 @@ def test_out_of_range() -> None:
 def test_torch_free() -> None:
     code = "import sys; import moe_models.config.layout; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("raw", "sizes"),
+    [
+        ({}, (1, 1, 1)),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 4}}, (4, 1, 1)),
+        ({"expert_parallel": {"enabled": True}}, (1, 1, 1)),
+        ({"expert_parallel": {"enabled": False, "autoep_size": 4}}, (1, 1, 1)),
+        ({"moe": {"layer": {"ep_size": 2}}}, (2, 1, 1)),
+        ({"moe": {"layer": {}}}, (1, 1, 1)),
+        ({"moe": {"layer": None, "balance": {}}, "tensor_parallel": {"autotp_size": 0}}, (1, 1, 1)),
+        ({"tensor_parallel": {"autotp_size": 8}, "sequence_parallel_size": 2}, (1, 8, 2)),
+    ],
+)
+def test_sizes_in_the_json(raw: dict[str, Any], sizes: tuple[int, int, int]) -> None:
+    degrees = Degrees.from_json(raw)
+    assert (degrees.ep, degrees.tp, degrees.sp) == sizes

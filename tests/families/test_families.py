@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe_models.checkpoint.export import hub_plan
-from moe_models.families.table import EXPERT_PROJECTIONS, FAMILIES, is_moe_layer, moe_blocks
+from moe_models.families.table import FAMILIES, is_moe_layer, moe_blocks
 from tests.support.tiny import TINY, make_model, save_tiny
 
 # Beyond the tiny configs: where dense and MoE layers are mixed, every rule that the families have for it.
@@ -43,9 +43,9 @@ def test_plan_is_what_save_pretrained_writes(model_type: str, mix: dict[str, Any
 
     save_tiny(tmp_path, model_type, **mix)
     plan = hub_plan(FAMILIES[model_type], AutoConfig.from_pretrained(tmp_path))
-    names = [name for _, _, hub in plan for name in hub]
+    names = [name for entry in plan for name in entry.hub]
     assert len(names) == len(set(names)), "a hub tensor is planned twice"
-    planned = {name: shape for _, _, hub in plan for name, shape in hub.items()}
+    planned = {name: shape for entry in plan for name, shape in entry.hub.items()}
     assert planned == written(tmp_path)
 
 
@@ -78,7 +78,7 @@ def test_expert_values_go_where_the_table_says(model_type: str, tmp_path: Path) 
     for block in moe_blocks(family, model.config.to_dict()):
         experts = model.get_submodule(block).experts
         gate_EFD, up_EFD = experts.gate_up_proj.chunk(2, dim=1)
-        stacked = dict(zip(EXPERT_PROJECTIONS, (gate_EFD, up_EFD, experts.down_proj), strict=True))
+        stacked = dict(zip(("gate", "up", "down"), (gate_EFD, up_EFD, experts.down_proj), strict=True))
         for projection, values in stacked.items():
             for e, value in enumerate(values):
                 assert torch.equal(hub[family.hub_expert(block, e, projection)], value)
@@ -102,3 +102,38 @@ def test_expert_count_under_either_spelling() -> None:
     assert family.num_experts({"num_experts": 8}) == family.num_experts({"num_local_experts": 8}) == 8
     with pytest.raises(KeyError, match="num_experts"):
         family.num_experts({"hidden_size": 8})
+
+
+def test_either_a_preset_of_autoep_or_a_reason() -> None:
+    for family in FAMILIES.values():
+        assert (family.autoep_preset is None) == (family.no_autoep is not None), family.model_type
+
+
+@pytest.mark.parametrize("model_type", sorted(TINY))
+@pytest.mark.parametrize("normalise", [True, False])
+def test_weights_sum_to_1_where_the_table_says(model_type: str, normalise: bool) -> None:
+    """What the HF router makes of random logits; a family that scales its weights is told apart by no_native_layers."""
+    import torch
+
+    family = FAMILIES[model_type]
+    if not isinstance(family.router.normalise, str) and family.router.normalise != normalise:
+        return  # the class has no key for it
+    model = make_model(
+        model_type, **({"norm_topk_prob": normalise} if isinstance(family.router.normalise, str) else {})
+    )
+    config = model.config.to_dict()
+    weights: list[torch.Tensor] = []
+    gate = model.get_submodule(next(iter(moe_blocks(family, config)))).gate
+    gate.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    model(torch.arange(8)[None])
+    (weights_TK,) = weights
+    sums_T = weights_TK.float().sum(-1) / config.get("routed_scaling_factor", 1.0)
+    one_T = torch.ones_like(sums_T)
+    assert torch.allclose(sums_T, one_T, atol=1e-3) == family.router.normalises(config, config["num_experts_per_tok"])
+
+
+@pytest.mark.parametrize("model_type", sorted(TINY))
+def test_selection_bias_and_scores_are_those_of_the_class(model_type: str) -> None:
+    family, model = FAMILIES[model_type], make_model(model_type)
+    names = [name for name in model.state_dict() if name.endswith("e_score_correction_bias")]
+    assert bool(names) == family.selection_bias

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,31 @@ def test_facts(tmp_path: Path) -> None:
         big.write_text(first + "x" * 300_000 + last)
         seen |= {*data_facts(str(big)).values(), *data_facts(str(tmp_path)).values()}
     assert len(seen) == 4  # three files of one size, and the folder, of which names and sizes are looked at
+
+
+def test_a_change_in_any_package_is_another_source(tmp_path: Path) -> None:
+    """Planted in a copy: the hash is of all rooms, not of the one that computes it, and such nodes do not start."""
+    package = tmp_path / "moe_models"
+    shutil.copytree(ROOT / "moe_models", package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from moe_models.nodes.facts import version_facts; print(version_facts()['moe-recipes'])"
+
+    def told_by_the_copy() -> str:
+        env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+        )
+        return done.stdout.strip()
+
+    own = version_facts()["moe-recipes"]
+    assert told_by_the_copy() == own
+    for file in ("engine/cpu.py", "trainer.py", "nodes/watch.py"):
+        content = (package / file).read_text()
+        (package / file).write_text(content + "# another line\n")
+        other = told_by_the_copy()
+        (package / file).write_text(content)
+        (line,) = differences(reports({"version": {"moe-recipes": own}}, {"version": {"moe-recipes": other}}))
+        assert line == f"moe-recipes: {other} on {NAMES[1]}; but {own} on {NAMES[0]}; install the same on every node"
+    assert told_by_the_copy() == own
 
 
 class Node:

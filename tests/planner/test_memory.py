@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from moe_models.config.layout import Layout
-from moe_models.families.sizes import model_sizes
-from moe_models.planner.memory import Memory, memory_moments, rank_load
+from moe_models.families.model import Model
+from moe_models.planner.case import Case, rank_load
+from moe_models.planner.memory import Memory, memory_moments
 from moe_models.planner.shares import state_bytes
-from moe_models.planner.zero_states import StateBytes, expert_groups, overlaps
+from moe_models.planner.zero_states import ZeroStates, expert_groups, overlaps
 from tests.support.cluster import Cluster
 from tests.support.layouts import CUT, FINE, MIXTRAL_8X7B, from_raw, layout_of, work
 from tests.support.live_memory import peak_of_a_step
@@ -41,11 +41,8 @@ def toy_config(stage: int, ep: int | None, accumulation: int) -> dict[str, Any]:
 
 
 def moments(config: dict[str, Any], model: dict[str, Any], world: int, **batch: Any) -> dict[str, Memory]:
-    ds, sizes = from_raw(config), model_sizes(model)
-    layout = Layout(world, ds.ep_size)
-    states = StateBytes(ds, sizes, layout)
-    found = memory_moments(ds, states, layout, work(**batch), reserved_gib=0, loss="full")
-    return {memory.moment: memory for memory in found}
+    case = Case.of(from_raw(config), Model.of(model), world, work(**batch), world, loss="full")
+    return {memory.moment: memory for memory in memory_moments(case, reserved_gib=0)}
 
 
 CASES = [
@@ -65,7 +62,8 @@ def test_live_step(
     config, (micro, length) = toy_config(stage, ep, accumulation), (4, 128)
     seen = clusters(2).run(peak_of_a_step, config, TOY, micro, length, recompute)
     said = moments(config, TOY, 2, micro_batch=micro, length=length, accumulation=accumulation, recompute=recompute)
-    states = StateBytes(from_raw(config), model_sizes(TOY), Layout(2, ep or 1))
+    ds = from_raw(config)
+    states = ZeroStates(ds=ds, sizes=Model.of(TOY).sizes, layout=ds.layout(2))
     still = 2 * states.elements + 12 * states.partition
     if stage == 3:  # gradients and the bucket have their places for good
         still = (2 + 2 + 12) * states.partition + 2 * config["zero_optimization"]["reduce_bucket_size"]
@@ -104,8 +102,11 @@ def test_expert_groups_are_those_of_deepspeed() -> None:
 @pytest.mark.parametrize(("stage", "ep"), [(1, 1), (1, 2), (1, 8), (2, 8), (3, 1), (3, 8)])
 def test_states_are_those_of_check(stage: int, ep: int) -> None:
     """`recipes/check.py` counts the same weights and optimizer states by another way."""
-    ds, sizes, layout = layout_of(stage, ep), model_sizes(MIXTRAL_8X7B), Layout(16, ep)
-    states, check = StateBytes(ds, sizes, layout), state_bytes(ds, sizes, layout, 2)
+    ds = layout_of(stage, ep)
+    sizes = Model.of(MIXTRAL_8X7B).sizes
+    layout = ds.layout(16)
+    states = ZeroStates(ds=ds, sizes=sizes, layout=layout)
+    check = state_bytes(ds, sizes, layout, 2)
     assert states.partition * 12 == pytest.approx(check["optimizer"], rel=1e-6)
     weights = states.elements if stage < 3 else states.partition
     assert weights * 2 == pytest.approx(check["weights"], rel=1e-6)
@@ -114,7 +115,9 @@ def test_states_are_those_of_check(stage: int, ep: int) -> None:
 
 @pytest.mark.parametrize(("model", "gib"), [(CUT, 65.6), (FINE, 58.5)])
 def test_measured_on_h200(model: dict[str, Any], gib: float) -> None:
-    """AutoEP, EP 2, ZeRO-1, 4 x 4096 tokens, 2 H200s: torch's peak, from the design notes."""
+    """AutoEP, EP 2, ZeRO-1, 4 x 4096 tokens, 2 H200s: torch's peak in two of the runs of benchmarks/plan.md,
+    "The earlier runs": in tests/support/layouts.py "cut EP 2, 2 GPUs, 4" and "fine EP 2, 2 GPUs, 4".
+    """
     found = moments(layout_of(1, 2).raw, model, 2, micro_batch=4)
     assert max(memory.allocated for memory in found.values()) / 2**30 == pytest.approx(gib, rel=0.05)
 

@@ -14,7 +14,8 @@ import pytest
 from moe_models.config.ds_config import load_ds_config
 from moe_models.config.layout import Layout
 from moe_models.config.work import Work
-from moe_models.families.sizes import model_sizes
+from moe_models.families.model import Model
+from moe_models.planner.case import Case
 from moe_models.planner.traffic import spans_nodes, traffic
 from tests.support import parity, trace
 from tests.support.cluster import Cluster
@@ -68,7 +69,7 @@ def check_live_run(
     """Same groups; same bytes but for padding. Rows arrive unevenly, so bytes are averaged over the ranks."""
     ds, world = load_ds_config(path), cluster.world_size
     results = cluster.run(trace.traced_step, str(source), str(out), ds.deepspeed, accumulation, recompute)
-    layout = Layout(world, ds.ep_size, ds.tp_size, ds.sp_size)
+    layout = ds.layout(world)
     made = {
         "DP": layout.zero_groups(), "EP": layout.ep_groups(), "EDP": layout.edp_groups(), "TP": layout.tp_groups(),
         "SP": layout.sp_groups(),
@@ -84,11 +85,11 @@ def check_live_run(
         element_bytes=4,
         recompute=recompute,
     )
-    sizes = model_sizes(json.loads((source / "config.json").read_text()))
+    model = Model.of(json.loads((source / "config.json").read_text()))
     expected: Counter[tuple[str, tuple[int, ...]]] = Counter()
     live: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for rank, result in enumerate(results):
-        for flow in traffic(ds, sizes, layout, work, None):
+        for flow in traffic(Case.of(ds, model, world, work, gpus_per_node=world)):
             ranks = next(ranks for ranks in made[flow.group] if rank in ranks)
             expected[flow.collective, ranks] += flow.payload
         live.update(result["flows"])
@@ -100,10 +101,11 @@ def check_live_run(
 def test_a_thousand_ranks_in_milliseconds(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(parity.ds_config(1, 64, sequence_parallel_size=4)))
-    ds, sizes = load_ds_config(path), model_sizes({"model_type": "qwen3_moe", **TINY["qwen3_moe"], "num_experts": 128})
+    ds = load_ds_config(path)
+    model = Model.of({"model_type": "qwen3_moe", **TINY["qwen3_moe"], "num_experts": 128})
     start = time.perf_counter()
     layout = Layout(1024, 64, sp_size=4)
-    rows = traffic(ds, sizes, layout, Work(micro_batch=1, length=4096), 8)
+    rows = traffic(Case.of(ds, model, 1024, Work(micro_batch=1, length=4096), 8))
     places = [(layout.coordinates(rank), layout.experts_of(rank, 128)) for rank in range(1024)]
     assert time.perf_counter() - start < 0.1
     assert {row.group for row in rows} == {"EP", "EDP", "DP", "SP"}
@@ -113,8 +115,8 @@ def test_a_thousand_ranks_in_milliseconds(tmp_path: Path) -> None:
 def test_bytes_by_hand(tmp_path: Path) -> None:
     """8 ranks as EP 4 x EDP 2, one sequence of 4096 tokens, top-2 of width 32, bf16, 2 MoE layers."""
     ds = load_ds_config(write_config(tmp_path, 1, 4))
-    sizes = model_sizes({"model_type": "mixtral", **TINY["mixtral"]})
-    rows = traffic(ds, sizes, Layout(8, 4), Work(micro_batch=1, length=4096, recompute=False), 4)
+    model = Model.of({"model_type": "mixtral", **TINY["mixtral"]})
+    rows = traffic(Case.of(ds, model, 8, Work(micro_batch=1, length=4096, recompute=False), 4))
     by_name = {row.what: row for row in rows}
     forward = by_name["dispatch, combine: forward"]
     assert forward.payload == 2 * 2 * 4096 * 2 * 32 * 2  # there and back, layers, tokens, top-k, width, bytes

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from moe_models.preflight.run import check_run, warnings_for_run
+from moe_models.preflight.advice import warnings_for_run
+from moe_models.preflight.run import check_run
 from tests.preflight import test_preflight
 from tests.preflight.test_preflight import DEEPSEEK, MIXTRAL, TP, one
 from tests.support.tiny import TINY

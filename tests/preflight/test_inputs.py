@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from moe_models.errors import UserError
-from moe_models.preflight.run import check_dataset_path, check_output_dir, read_model_config
+from moe_models.families.config_json import read_model_config
+from moe_models.preflight.paths import check_dataset_path, check_output_dir
 from tests.preflight.test_preflight import MIXTRAL, one
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from moe_models.config.ds_config import DsConfig, load_ds_config
 from moe_models.config.moe_section import ELSEWHERE, MoeLayer
-from moe_models.preflight.run import check_run, warnings_for_run
+from moe_models.preflight.advice import warnings_for_run
+from moe_models.preflight.run import check_run
 from tests.support.tiny import TINY
 
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "num_hidden_layers": 2, "num_experts_per_tok": 2}

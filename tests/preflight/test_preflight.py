@@ -161,6 +161,26 @@ def test_transformers_versions_that_are_not_refused(ds: Any, monkeypatch: pytest
     assert check_run(ds({}), MIXTRAL, 2) == []
 
 
+@pytest.mark.parametrize(
+    ("package", "version", "line"),
+    [
+        ("trl", "1.6.2", "trl 1.6.2: --router_aux_loss_coef came with 1.7; install 1.16.0"),
+        ("trl", "0.29.1", "trl 0.29.1: --router_aux_loss_coef came with 1.7; install 1.16.0"),
+        ("trl", "1.7.0", None),
+        ("accelerate", "1.9.0", "accelerate 1.9.0: trl 1.16.0 needs 1.10.1 or later; install 1.15.0"),
+        ("accelerate", "1.15.0", None),
+    ],
+)
+def test_versions_that_no_layout_works_with(
+    ds: Any, monkeypatch: pytest.MonkeyPatch, package: str, version: str, line: str | None
+) -> None:
+    installed = {"transformers": "5.20.2", package: version}
+    monkeypatch.setattr(versions, "installed_version", installed.get)
+    native = {"moe": {"layer": {"ep_size": 2}}}
+    for config in (ds({}), ds(None), ds(None, **native)):
+        assert check_run(config, MIXTRAL, 2) == ([] if line is None else [line])
+
+
 # --------------------------------------------------------- the same no as DeepSpeed's
 
 

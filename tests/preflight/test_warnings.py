@@ -8,7 +8,8 @@ import pytest
 
 from moe_models import versions
 from moe_models.preflight import advice
-from moe_models.preflight.run import check_run, warnings_for_run
+from moe_models.preflight.advice import warnings_for_run
+from moe_models.preflight.run import check_run
 from tests.preflight import test_preflight
 from tests.preflight.test_preflight import MIXTRAL, one
 from tests.support.tiny import TINY
@@ -75,6 +76,14 @@ def test_untested_versions(ds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         "deepspeed 0.20.0 is untested with expert_parallel; tested: 0.19.8",
         "transformers 5.22.0 is untested with expert_parallel; tested: 5.17.0, 5.20.2",
     ]
+    monkeypatch.setattr(versions, "installed_version", {"deepspeed": "0.20.0", "trl": "1.17.0"}.get)
+    assert warnings_for_run(ds(None), MIXTRAL, 2) == [
+        "deepspeed 0.20.0 is untested with these recipes; tested: 0.19.8",
+        "trl 1.17.0 is untested with these recipes; tested: 1.16.0",
+    ]
+    monkeypatch.setattr(versions, "installed_version", {"accelerate": "1.16.0"}.get)
+    line = one(warnings_for_run(ds({}), MIXTRAL, 2))
+    assert line == "accelerate 1.16.0 is untested with these recipes; tested: 1.15.0"
 
 
 def test_throughput_timer(ds: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from moe_models.config.ds_config import load_ds_config
 from moe_models.config.work import Work
-from moe_models.preflight.run import check_run, warnings_for_run
+from moe_models.errors import run as run_recipe
+from moe_models.preflight.advice import warnings_for_run
+from moe_models.preflight.run import check_run
 from recipes import check
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -35,11 +37,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         words = ["--deepspeed", path, "--model_name_or_path", tmp_path, "--world_size", world_size, *more]
         monkeypatch.setattr("sys.argv", ["check.py", *map(str, words)])
         monkeypatch.setenv("COLUMNS", str(width))
-        try:
-            code = check.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_recipe(check.main)
+        return int(end.value.code or 0), *capsys.readouterr()
 
     return call
 

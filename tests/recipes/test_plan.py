@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from moe_models.config.ds_config import load_ds_config
+from moe_models.errors import run as run_recipe
+from moe_models.families.model import Model
 from moe_models.planner.devices import read_device
 from moe_models.preflight.run import check_run
 from recipes import check
@@ -27,7 +29,7 @@ QWEN3_30B = {
     "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "max_position_embeddings": 40960,
 }  # fmt: skip
 REQUEST = plan_search.Request(
-    config=MIXTRAL_8X7B, gpus=8, gpus_per_node=8, device=read_device("h200"), length=4096, batch=32, skew=1.3,
+    model=Model.of(MIXTRAL_8X7B), gpus=8, gpus_per_node=8, device=read_device("h200"), length=4096, batch=32, skew=1.3,
     liger=False, host_gib=1000,
 )  # fmt: skip
 
@@ -42,11 +44,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         words = [word for name, value in flags.items() for word in (f"--{name}", value)]
         monkeypatch.setattr("sys.argv", ["plan.py", *map(str, [*words, *more])])
         monkeypatch.setenv("COLUMNS", str(width))
-        try:
-            code = plan.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_recipe(plan.main)
+        return int(end.value.code or 0), *capsys.readouterr()
 
     return call
 
@@ -82,17 +82,16 @@ def test_what_it_writes_passes_check(run: Any, tmp_path: Path, monkeypatch: pyte
     flags = re.search(r"--max_length .* --gradient_checkpointing \w+", " ".join(out.split()))
     assert flags is not None
     words = ["--deepspeed", tmp_path / "mine.json", "--model_name_or_path", tmp_path, "--world_size", "8"]
-    monkeypatch.setattr("sys.argv", ["check.py", *map(str, words), *flags[0].split()])
-    assert check.main() == 0
+    assert check.main([*map(str, words), *flags[0].split()]) == 0
     assert list(tmp_path.glob("*.tmp")) == []
 
 
 @pytest.mark.parametrize("config", [MIXTRAL_8X7B, QWEN3_30B])
 def test_every_layout_that_it_compares_passes_check(config: dict[str, Any], tmp_path: Path) -> None:
     """Layouts are built without DeepSpeed's parser; here it reads them all, and finds what was built."""
-    names, sizes = set(), plan_search.model_sizes(config)
-    request = replace(REQUEST, config=config, gpus=16)
-    for stage, ep, tp, sp in plan_search.layouts(request, sizes):
+    names = set()
+    request = replace(REQUEST, model=Model.of(config), gpus=16)
+    for stage, ep, tp, sp in plan_search.layouts(request):
         for offload in ("", "optimizer", "optimizer and weights"):
             if max(ep, tp, sp) > 4 or (offload == "optimizer and weights" and stage < 3):
                 continue
@@ -100,7 +99,7 @@ def test_every_layout_that_it_compares_passes_check(config: dict[str, Any], tmp_
             if check_run(built, config, 16):
                 continue
             path = tmp_path / built.path.name
-            plan.write(path, built.raw)
+            path.write_text(json.dumps(built.raw))
             read = load_ds_config(path)
             for field in (
                 "raw",
@@ -123,8 +122,9 @@ def test_refused_layouts_are_not_compared() -> None:
     """The preflight refuses tensor parallelism at ZeRO-3 and without experts spread; nothing here repeats that."""
     plans = plan_search.search(replace(REQUEST, gpus=16, batch=64))
     assert plans
-    assert all(check_run(p.ds, MIXTRAL_8X7B, 16) == [] for p in plans)
-    assert not [p for p in plans if p.ds.tp_size > 1 and (p.ds.zero_stage == 3 or p.ds.ep_size == 1)]
+    configs = [p.case.ds for p in plans]
+    assert all(check_run(ds, MIXTRAL_8X7B, 16) == [] for ds in configs)
+    assert not [ds for ds in configs if ds.tp_size > 1 and (ds.zero_stage == 3 or ds.ep_size == 1)]
 
 
 def test_ranked(run: Any) -> None:
@@ -134,6 +134,54 @@ def test_ranked(run: Any) -> None:
     assert all(later <= 1.0051 * earlier for earlier, later in pairwise(speeds))
     assert plans[: len(fitting)] == fitting
     assert all(p.prediction.memory.needed > REQUEST.device.usable_gib * 2**30 for p in plans[len(fitting) :])
+
+
+def planted(like: Any, stage: int, *, slower: float = 1.0) -> Any:
+    """A plan with the figures of another one, at another ZeRO stage; ``slower`` stretches its compute."""
+    prediction = like.prediction
+    case = replace(prediction.case, ds=replace(prediction.case.ds, zero_stage=stage))
+    time = replace(prediction.time, compute=prediction.time.compute * slower)
+    return replace(like, prediction=replace(prediction, case=case, time=time))
+
+
+def test_equal_layouts_share_a_row() -> None:
+    """Two that are equal to what is printed, and one that is slower."""
+    one = planted(plan_search.search(REQUEST)[0], 1)
+    two = planted(one, 2, slower=1 + 1e-9)
+    three = planted(one, 3, slower=1.5)
+    rows = plan.rows_of([one, three, two])
+    assert [[p.name for p in row.plans] for row in rows] == [[one.name, two.name], [three.name]]
+    assert rows[0].cells(1) == ("1\n=", f"{one.name}\n{two.name}")
+    table = plan.ranking(rows)
+    assert table.row_count == len(rows) == plan.memory_table(rows, REQUEST).row_count == 2
+    assert plan.why([one, two, three]).startswith(f"{one.name} = {two.name} beats {three.name} by ")
+    assert plan.why([one, two]) == f"{one.name} and {two.name} are equal in time and memory; there is no other layout."
+
+
+def test_why_passes_over_rows_that_differ_in_the_batch_only() -> None:
+    one = planted(plan_search.search(REQUEST)[0], 1)
+    case = one.prediction.case
+    other = replace(case, work=replace(case.work, recompute=not case.work.recompute))
+    same = replace(one, prediction=replace(one.prediction, case=other))
+    slower = planted(one, 3, slower=1.5)
+    assert len(plan.rows_of([one, same, slower])) == 3
+    assert plan.why([one, same, slower]).startswith(f"{one.name} beats {slower.name} by ")
+    too_large = replace(slower, fits=False)
+    names = f"{one.name} and {same.name}"
+    assert plan.why([one, same, too_large]).startswith(
+        f"{names} are equal in time and memory, and no other layout fits; the next, {slower.name}, needs "
+    )
+
+
+def test_one_gpu(run: Any) -> None:
+    """Where nothing is sharded, ZeRO 1 and 2 are one row, and the sentence compares with ZeRO-3."""
+    small = {**MIXTRAL_8X7B, "num_hidden_layers": 4}
+    code, out, _ = run(gpus=1, device="h200", config=small)
+    words = " ".join(out.split())
+    assert code == 0
+    assert re.search(r"^ 1 +ZeRO-1 .*\n =  ZeRO-2 *\n 2 +ZeRO-3 ", out, re.M)
+    assert re.search(r"why ZeRO-1( offload)? = ZeRO-2( offload)? (beats|is as fast as) ZeRO-3", words)
+    assert "0.0%" not in out
 
 
 def test_nothing_fits(run: Any) -> None:
@@ -183,7 +231,7 @@ def test_calibration_changes_the_plan(run: Any, tmp_path: Path) -> None:
 def test_thousands_of_gpus_in_seconds() -> None:
     gpus = 4096
     begun = time.perf_counter()
-    plans = plan_search.search(replace(REQUEST, config=QWEN3_30B, gpus=gpus, batch=4 * gpus))
+    plans = plan_search.search(replace(REQUEST, model=Model.of(QWEN3_30B), gpus=gpus, batch=4 * gpus))
     assert time.perf_counter() - begun < 10
     assert plans[0].fits
 
@@ -197,7 +245,7 @@ def test_families_and_no_torch(tmp_path: Path) -> None:
         "import sys; sys.path.insert(0, 'recipes'); import plan\n"
         f"for name in {sorted(TINY)!r}:\n"
         f"    words = ['--model_name_or_path', {str(tmp_path)!r} + '/' + name, '--gpus', '4', '--gpus_per_node', '4']\n"
-        "    plan.run(plan.parse([*words, '--device', 'h200', '--seq_length', '64']))\n"
+        "    plan.main([*words, '--device', 'h200', '--seq_length', '64'])\n"
         "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -205,8 +253,8 @@ def test_families_and_no_torch(tmp_path: Path) -> None:
     assert done.stdout.count("why") == len(TINY)
 
 
-def test_the_readme_s_rows_are_printed(run: Any) -> None:
-    page = (ROOT / "README.md").read_text()
+def test_the_rows_of_the_page_are_printed(run: Any) -> None:
+    page = (ROOT / "docs" / "layouts.md").read_text()
     rows = re.findall(r"^ ?\d  ZeRO-.*%$", page, re.M)
     assert len(rows) == 3
     out = run()[1]

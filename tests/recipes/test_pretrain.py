@@ -234,7 +234,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(
     assert ended.code == 2, ended
     (line,) = ended.errors
     assert "has 64 tokens, and vocab_size = 63" in line
-    assert 'num_expert = 4: unknown key; did you mean "num_experts"?' in ended.stdout
+    assert 'num_expert = 4: unknown key; did you mean "num_experts"?' in ended.stderr
 
 
 def test_what_is_required(recipe: ForkedRecipe) -> None:

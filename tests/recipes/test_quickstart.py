@@ -35,13 +35,13 @@ def inputs(quickstart: ModuleType) -> ModuleType:
 @pytest.mark.parametrize(
     ("gpus", "processes", "device"), [(0, 2, "cpu"), (1, 1, "cuda"), (2, 2, "cuda"), (8, 2, "cuda")]
 )
-def test_plan_fits_the_hardware(
+def test_run_fits_the_hardware(
     quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int, device: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    plan = quickstart.choose_plan()
-    assert (plan.processes, plan.device) == (processes, device)
-    config = json.loads((ROOT / plan.ds_config).read_text())
+    chosen = quickstart.choose_run()
+    assert (chosen.processes, chosen.device) == (processes, device)
+    config = json.loads((ROOT / chosen.ds_config).read_text())
     assert processes % config.get("expert_parallel", {}).get("autoep_size", 1) == 0
     assert ("expert_parallel" in config) == (processes == 2)
 
@@ -68,7 +68,7 @@ def test_every_run_gets_a_new_folder(quickstart: ModuleType, tmp_path: Path) -> 
     assert names == ["quickstart", "quickstart-2", "quickstart-3"]
 
 
-def test_missing_packages_come_with_their_mend(inputs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_come_with_their_fix(inputs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
         inputs.find_packages()
@@ -141,9 +141,9 @@ def test_it_ends_with_the_report_of_its_run(
 
 
 def test_the_childs_exit_code_is_passed_on(quickstart: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
-    plan = quickstart.Plan(2, "cpu", "x.json", "heldout.jsonl", max_length=8, batch_size=1, max_steps=1)
+    chosen = quickstart.Run(2, "cpu", "x.json", "heldout.jsonl", max_length=8, batch_size=1, max_steps=1)
     script = (
         "import os, sys; sys.exit(7 if os.environ['DS_ACCELERATOR'] == 'cpu' and os.environ['OMP_NUM_THREADS'] else 0)"
     )
-    assert quickstart.train([sys.executable, "-c", script], plan) == 7
+    assert quickstart.train([sys.executable, "-c", script], chosen) == 7
     assert "exit code 7" in capfd.readouterr().err

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from moe_models.config.layout import Layout
-from moe_models.errors import UserError
+from moe_models.errors import UserError, run
 from moe_models.families.table import FAMILIES
 from moe_models.report import data, history, layouts, record, text
 from tests.support.recipe import ROOT, save_model, words
@@ -193,7 +193,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("report") / "model")
 
 
-def test_page_and_pictures_are_written_once(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_and_pictures_are_written_once(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "text.txt").write_text(words(300))
     save_run(tmp_path / "run", [1, 2], layers=2, experts=4, ep_size=2)
     flags = ["--checkpoint", str(model), "--text", str(tmp_path / "text.txt"), "--run", str(tmp_path / "run")]
@@ -205,11 +207,42 @@ def test_page_and_pictures_are_written_once(model: Path, tmp_path: Path, capsys:
     for name in names[1:]:
         assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
     written = (tmp_path / "run" / names[0]).read_bytes()
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *flags])
     with pytest.raises(SystemExit) as ended:
-        main(flags)
+        run(main)
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("exists already; remove it or give another name") == 3
     assert (tmp_path / "run" / names[0]).read_bytes() == written
+
+
+def test_the_output_folder_is_made(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text(words(100))
+    flags = ["--checkpoint", str(model), "--text", str(tmp_path / "text.txt")]
+    folder = tmp_path / "new" / "report"
+    main = recipe()["main"]
+    assert main([*flags, "--output_dir", str(folder)]) == 0
+    names = ["routing_report.html", "routing_report.load.png"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    assert capsys.readouterr().out.split() == [str(folder / name) for name in names]
+    with pytest.raises(UserError) as refused:
+        main([*flags, "--output_dir", str(folder)])
+    assert refused.value.problems == [
+        f"--output_dir {folder / name}: exists already; remove it or give another name" for name in names
+    ]
+    with pytest.raises(UserError) as refused:
+        main([*flags, "--output_dir", str(tmp_path / "text.txt" / "inside")])
+    assert "no folder" in refused.value.problems[0]
+    # The page under another name.
+    assert main([*flags, "--output", str(folder / "other.html")]) == 0
+    assert (folder / "other.load.png").exists()
+
+
+def test_one_place_for_the_page(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--checkpoint", str(model), "--text", "t", "--output_dir", str(tmp_path), "--output", "x.html"]
+    with pytest.raises(SystemExit) as ended:
+        recipe()["main"](flags)
+    assert ended.value.code == 2
+    assert "--output: not allowed with argument --output_dir" in capsys.readouterr().err
 
 
 def test_wrong_input_is_told_at_once_and_nothing_is_written(model: Path, tmp_path: Path) -> None:
@@ -286,4 +319,6 @@ def test_help_teaches_and_nothing_heavy_is_imported() -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60, check=True)
     assert "--checkpoint out/mixtral/model --text book.txt" in done.stdout
+    assert "--output_dir DIR" in done.stdout
+    assert "--output FILE.html" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"

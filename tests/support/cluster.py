@@ -8,7 +8,6 @@ forked from a server process that has the imports behind it, so that a fresh clu
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import os
 import socket
@@ -31,12 +30,6 @@ def forking() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.recipe", *HEAVY])
     return context
-
-
-def set_environment(**values: str) -> None:
-    """Set the environment of a forked process, and read again what ``moe_models.ranks`` took from the server's."""
-    os.environ.update(values)
-    importlib.reload(importlib.import_module("moe_models.ranks"))
 
 
 class ChildError(AssertionError):
@@ -135,7 +128,7 @@ class Cluster:
 
 
 def _worker(pipe: Connection, rank: int, world_size: int, store: str, port: int) -> None:
-    set_environment(
+    os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1",
         OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="",

@@ -1,4 +1,4 @@
-"""Layouts for the planner's tests: the presets without DeepSpeed's parser, and the runs in the design notes."""
+"""Layouts for the planner's tests: the presets without DeepSpeed's parser, and the runs that it was compared with."""
 
 from __future__ import annotations
 
@@ -51,10 +51,11 @@ FINE = {
     **CUT, "hidden_size": 2048, "intermediate_size": 768, "num_local_experts": 128, "num_experts_per_tok": 8,
     "num_hidden_layers": 8,
 }  # fmt: skip
-"""128 experts, 8 for a token; heads and vocabulary, which the notes leave out, are taken to be Mixtral's."""
+"""128 experts, 8 for a token; heads and vocabulary, which were not noted, are taken to be Mixtral's."""
 
 # model, ZeRO stage, EP, GPUs, sequences of 4096 in a micro-batch, accumulation, Liger, tokens/s/GPU. Real routing,
-# clipping on, no activation checkpointing, the model's own loss; H200s of one node, torch 2.11.
+# clipping on, no activation checkpointing, the model's own loss; H200s of one node, torch 2.11. benchmarks/plan.md,
+# "The earlier runs", says how far the planner is off; these rows are written down here only.
 MEASURED = {
     "cut ZeRO-3, 2 GPUs, 1": (CUT, 3, 1, 2, 1, 1, False, 17340),
     "cut EP 2, 2 GPUs, 1": (CUT, 1, 2, 2, 1, 1, False, 21857),

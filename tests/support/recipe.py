@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.cluster import forking, free_port, set_environment
+from tests.support.cluster import forking, free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes" / "finetune.py"
@@ -214,7 +214,7 @@ def _run_script(
     for stream, path in ((sys.stdout, out), (sys.stderr, err)):
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
-    set_environment(**{**ENVIRONMENT, **environment})
+    os.environ.update({**ENVIRONMENT, **environment})
     os.chdir(start_in)
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")

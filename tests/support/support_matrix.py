@@ -21,11 +21,11 @@ COLUMNS = ("loss", "auxiliary loss", "gradient norm", "weights")
 MARKS = ("<!-- support table: from docs/support-matrix.md -->", "<!-- end of the support table -->")
 HEAD = """# Support matrix
 
-Written by `python -m pytest -m conformance` on CPU processes, fp32. Each row: five AdamW steps with active clipping,
-with gradient accumulation 1 and 2 where both were run, against single-process Hugging Face on the same tokens. The
-numbers are the largest relative deviations seen; weights are the exported ones after the five steps (relative to the
-tensor's largest value, or to the farthest that AdamW can move). What is allowed, and why:
-`tests/training/test_parity.py`.
+`python -m pytest -m conformance` writes this page, on CPU processes in fp32. Each row is five AdamW steps with active
+clipping, compared with single-process Hugging Face on the same tokens. Gradient accumulation is 1 and 2 where both were
+run. The numbers are the largest relative deviations seen. Weights are the exported ones after the five steps, relative
+to the tensor's largest value or to the farthest that AdamW can move. `tests/training/test_parity.py` says what is
+allowed, and why.
 
 """
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_models.checkpoint.hf_folder import HFFolderWriter
 from moe_models.errors import UserError
 from moe_models.upcycle.upcycle import _parse_size, upcycle
+from tests.support.parity import planted
 from tests.upcycle import test_upcycle
 from tests.upcycle.test_upcycle import ROOT, load, tensors
 
@@ -172,15 +174,35 @@ def test_a_full_disk_is_said_before_writing(tmp_path: Path, dense: Path, monkeyp
 
 
 def test_what_was_written_is_checked(tmp_path: Path, dense: Path) -> None:
-    """A shard that disappears while the folder is made (here: through the progress hook) is noticed."""
+    """A shard that disappears once the weights are written is noticed."""
+    close_weights = HFFolderWriter.close_weights
 
-    def lose_a_shard(done: int, total: int) -> None:
-        if done == total:
-            next(tmp_path.glob(".moe.upcycling-*/model-00001-*")).unlink()
+    def lose_a_shard(writer: HFFolderWriter) -> None:
+        close_weights(writer)
+        next(writer.staging.glob("model-00001-*")).unlink()
 
-    with pytest.raises(UserError, match="is not what was planned"):
-        upcycle(dense, tmp_path / "moe", max_shard_size="10KB", progress=lose_a_shard)
+    with (
+        planted(HFFolderWriter, "close_weights", lose_a_shard),
+        pytest.raises(UserError, match="is not what was planned"),
+    ):
+        upcycle(dense, tmp_path / "moe", max_shard_size="10KB")
     assert nothing_was_written(tmp_path)
+
+
+def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path, dense: Path) -> None:
+    edit_tensors(lambda state: state[UP].fill_(float("nan")))(dense)
+    with pytest.raises(UserError, match=r"experts\.0\.w3\.weight: 1536 of 1536 values are NaN or infinite"):
+        upcycle(dense, tmp_path / "moe")
+    assert nothing_was_written(tmp_path)
+
+
+def test_an_export_that_died_between_its_renames_is_not_written_over(tmp_path: Path, dense: Path) -> None:
+    upcycle(dense, tmp_path / "moe", num_experts=2)
+    before = tensors(tmp_path / "moe")
+    (tmp_path / "moe").rename(tmp_path / ".moe.previous")
+    with pytest.raises(UserError, match="not an empty folder"):
+        upcycle(dense, tmp_path / "moe", num_experts=3)
+    assert tensors(tmp_path / "moe").keys() == before.keys()
 
 
 @pytest.mark.parametrize(

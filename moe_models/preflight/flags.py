@@ -1,0 +1,103 @@
+"""Flags of a command line that cannot be honoured, contradict each other, or do not fit the JSON or the model.
+
+``given`` is what TRL's parser understood: one attribute for each flag of SFTConfig, ModelConfig, ScriptArguments and
+ours. What a value must look like is the parser's to say, and it was asked before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from moe_models.config.ds_config import DsConfig
+from moe_models.files import parse_size
+from moe_models.preflight.liger import cannot_run, no_kernels
+from moe_models.preflight.sequence_parallel import sequence_parallel_flags
+from moe_models.preflight.torch_compile import compile_problems
+
+
+def flag_problems(given: Any, model_config: Mapping[str, Any], ds: DsConfig | None, *, on_gpu: bool) -> Iterator[str]:
+    """One line for each flag that the recipes cannot honour; ``ds`` is None where the JSON itself is wrong."""
+    if ds is not None:
+        torch_compile = bool(given.torch_compile or given.torch_compile_backend or given.torch_compile_mode)
+        yield from sequence_parallel_flags(given, ds)
+        yield from compile_problems(ds, torch_compile, given.use_liger_kernel)
+    if given.use_liger_kernel:
+        yield from no_kernels(model_config, "--use_liger_kernel")
+        yield from cannot_run("--use_liger_kernel", on_gpu=on_gpu)
+    if given.use_peft or given.load_in_4bit or given.load_in_8bit:
+        yield "--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole"
+    if given.trust_remote_code:
+        yield (
+            "--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"
+        )
+    yield from length_problems(given.max_length, model_config)
+    coefficient = given.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = model_config.get("router_aux_loss_coef")
+    yield from reentrant_problems(given, bool(coefficient))
+    yield from _precision_problems(given, ds)
+    if given.dataset_streaming and given.max_steps <= 0:
+        yield "--dataset_streaming: the number of rows is not known then; set --max_steps"
+    if given.dataset_streaming and ds is not None and ds.tp_size * ds.sp_size > 1:
+        yield (
+            "--dataset_streaming: with tensor or sequence parallelism accelerate would give all ranks the same rows; "
+            "drop it"
+        )
+    try:
+        parse_size(given.export_max_shard_size)
+    except ValueError as error:
+        yield f"--export_max_shard_size {error}"
+
+
+def length_problems(max_length: int | None, model_config: Mapping[str, Any]) -> list[str]:
+    """A line if ``--max_length`` is longer than the model's context."""
+    context = model_config.get("max_position_embeddings")
+    if max_length and context and max_length > context:
+        return [f"--max_length {max_length}: longer than the model's context; use at most {context}"]
+    return []
+
+
+def reentrant_problems(args: Any, aux_loss: bool) -> list[str]:
+    """A line if activation checkpointing would silently deprive the auxiliary loss of its gradient.
+
+    Reentrant checkpointing runs the layers without gradients first, and that is when transformers 5.20.2 takes the
+    router's logits for the loss. ``args`` are TrainingArguments, or the flags they are made of; ``aux_loss`` says
+    whether there is such a loss.
+    """
+    options = args.gradient_checkpointing_kwargs or {}
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except ValueError:  # TrainingArguments will report it
+            return []
+    if aux_loss and args.gradient_checkpointing and options.get("use_reentrant"):
+        return [
+            '--gradient_checkpointing_kwargs {"use_reentrant": true}: the auxiliary loss would have no gradient; set '
+            "it to false, which is the default, or --router_aux_loss_coef 0"
+        ]
+    return []
+
+
+def mismatch_problems(ds: DsConfig, mismatches: Iterable[str]) -> list[str]:
+    """A line for each number that flags and JSON both say, differently; ``mismatches`` is transformers' list."""
+    return [f'{ds.path}: {line.strip(" -")}; make them equal, or write "auto"' for line in mismatches]
+
+
+def _precision_problems(given: Any, ds: DsConfig | None) -> Iterator[str]:
+    """``--bf16`` and ``--fp16``, beside each other and beside the JSON."""
+    if given.bf16 and given.fp16:
+        yield "--bf16 and --fp16: a run has one precision; drop one of them"
+    if ds is None:
+        return
+    for name in ("bf16", "fp16"):
+        if not getattr(given, name):
+            continue
+        if ds.precision not in ("auto", name):
+            yield (
+                f'--{name}: the precision of {ds.path} is {ds.precision}; set {name}.enabled to true or "auto" there, '
+                f"or drop --{name}"
+            )
+        elif ds.precision == "auto" and name not in ds.raw:
+            yield f'--{name}: {ds.path} has no {name} section; add "{name}": {{"enabled": "auto"}}'
