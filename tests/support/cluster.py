@@ -34,7 +34,7 @@ def forking() -> Any:
 
 
 def read_ranks_again() -> None:
-    """After the environment of a rank is set: the server of :func:`forking` imported ``moe_models.ranks`` without it."""
+    """After a rank's environment is set: the server of :func:`forking` imported ``moe_models.ranks`` without it."""
     from moe_models import errors, ranks
 
     importlib.reload(ranks)
