@@ -99,9 +99,10 @@ def _sync(path: Path) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """A draft beside ``path``, a file or a folder, that gets the name ``path`` when the block ends well.
 
-    If the block raises, the draft is removed and ``path`` is what it was. A file that was there before is replaced.
+    If the block raises, the draft is removed and ``path`` is what it was. A file that was there before is replaced. Two
+    processes that write the same path have drafts of their own.
     """
-    draft = path.with_name(f".{path.name}")
+    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield draft
         _sync(draft)

@@ -58,7 +58,6 @@ def prepare() -> dict[str, float]:
     kept = CACHE / "prepared.json"
     if not kept.is_file() or json.loads(kept.read_text())["stamp"] != stamp:
         with whole(CACHE) as draft:
-            shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
             losses = fill_cache(draft, packages)
             give_memory_back()
             (draft / kept.name).write_text(json.dumps({"stamp": stamp, "losses": losses}, indent=2) + "\n")
