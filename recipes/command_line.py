@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_models.errors import Problems, UserError, one_line, tell
+from moe_models.errors import Problems, UserError, one_line, tell, warn
 from moe_models.ranks import rank, ranks_per_node, several_nodes, world_size
 
 
@@ -66,7 +66,10 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     parser, given, ds, model_config = check_here(words, about, flags)
 
     from moe_models.engine.cpu import adapt_for_cpu, join_cpu_ranks, on_cpu
+    from moe_models.engine.seams import check_seams
     from moe_models.preflight.flags import mismatch_problems
+
+    check_seams()  # a run on libraries that changed would lose things without a word
 
     # 2. The JSON decides the layout and the precision; DeepSpeed and HF see it as a value, our own section removed.
     values = vars(given)
@@ -89,14 +92,16 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
         args.eval_on_start = False
 
     # 4. Say what will run.
+    if ds.moe.layer is not None:
+        notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
     if rank() == 0:
-        notes += start_notes(ds, model_config, args, on_gpu=not on_cpu())
         print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
+        warn(start_warnings(ds, model_config, args, on_gpu=not on_cpu()))
     return script, recipe, args, model_args, ds
 
 
-def start_notes(ds: Any, model_config: Mapping[str, Any], args: Any, *, on_gpu: bool) -> list[str]:
-    """What to say at start: warnings, and where native layers depart from the HF model."""
+def start_warnings(ds: Any, model_config: Mapping[str, Any], args: Any, *, on_gpu: bool) -> list[str]:
+    """What is unwise about this run, which goes on."""
     from moe_models.config.work import Work
     from moe_models.preflight.advice import warnings_for_run
 
@@ -107,11 +112,7 @@ def start_notes(ds: Any, model_config: Mapping[str, Any], args: Any, *, on_gpu: 
             length=args.max_length or model_config.get("max_position_embeddings") or 1,
             accumulation=args.gradient_accumulation_steps,
         )
-    warned = warnings_for_run(ds, model_config, world_size(), ranks_per_node(), on_gpu=on_gpu, work=work)
-    notes = [f"warning: {line}" for line in warned]
-    if ds.moe.layer is not None:
-        notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
-    return notes
+    return list(warnings_for_run(ds, model_config, world_size(), ranks_per_node(), on_gpu=on_gpu, work=work))
 
 
 def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, Any, dict[str, Any]]:

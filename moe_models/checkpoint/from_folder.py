@@ -140,7 +140,8 @@ def _native_experts_of_a_rank(model: Mapping[str, Any]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for shapes in model.get("param_shapes") or []:
         for name in shapes:
-            if match := pattern.fullmatch(name):
+            match = pattern.fullmatch(name)
+            if match is not None:
                 counts[match[1]] = counts.get(match[1], 0) + 1
     return counts
 

@@ -112,8 +112,10 @@ class Block(Protocol):
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The MoE blocks of ``model`` in layer order. Call it when the model is as it will be trained, after
-    ``deepspeed.initialize``: before, the process groups of expert parallelism are not known."""
+    """The MoE blocks of ``model`` in layer order.
+
+    Call it after ``deepspeed.initialize``: before, the process groups of expert parallelism are not known.
+    """
     blocks: list[Block] = []
     for path, module in model.named_modules():
         for kind in _KINDS:

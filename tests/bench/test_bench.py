@@ -46,7 +46,7 @@ KINDS: list[tuple[str, str, int, int | None]] = [
 
 
 def measure_rows(folder: str) -> list[dict[str, Any]]:
-    """One row of each kind in the same processes, as bench_worker.py does; says too how much each left behind."""
+    """One row of each kind in the same processes, as the worker does; reports too how much each left behind."""
     from moe_models.trainer import MoETrainer
 
     worker, train, epochs = importlib.import_module("moe_models.bench.worker"), MoETrainer.train, []

@@ -37,7 +37,7 @@ NOT_IN_THE_REPOSITORY = ("design notes", "design.md")
 
 OTHER_FLAGS = {
     "num_gpus", "include", "hostfile", "node_rank", "nnodes", "local_rank", "no_ssh",  # deepspeed
-    "master_addr", "master_port", "quiet",
+    "master_addr", "master_port", "quiet", "module",
     "nproc_per_node", "use_deepspeed", "num_processes",  # torchrun, accelerate
     "nodes", "gpus_per_node", "kill_on_bad_exit",  # sbatch, srun
     "no_deps", "help", "name",  # pip; everything; a placeholder

@@ -43,9 +43,9 @@ def test_plan_is_what_save_pretrained_writes(model_type: str, mix: dict[str, Any
 
     save_tiny(tmp_path, model_type, **mix)
     plan = hub_plan(FAMILIES[model_type], AutoConfig.from_pretrained(tmp_path))
-    names = [name for _, _, hub in plan for name in hub]
+    names = [name for entry in plan for name in entry.hub]
     assert len(names) == len(set(names)), "a hub tensor is planned twice"
-    planned = {name: shape for _, _, hub in plan for name, shape in hub.items()}
+    planned = {name: shape for entry in plan for name, shape in entry.hub.items()}
     assert planned == written(tmp_path)
 
 
