@@ -1,6 +1,6 @@
 """Memory and time of the proof of an export: one layer at a time, and the whole model.
 
-    python benchmarks/proof_memory.py FOLDER
+    python -m benchmarks.proof_memory FOLDER
 
 FOLDER gets a random checkpoint of Mixtral's shape (8 layers, hidden 1024, FFN 3584, 8 experts; bf16, 1.48 GB), if it
 holds none. Each way runs in a process of its own, twice; the first run has the file in the page cache as the second.
@@ -9,6 +9,7 @@ Memory is the anonymous part of the proportional set size, sampled every 20 ms, 
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from moe_models.errors import run
 
 PROBE = (2, 48)
 
@@ -105,19 +108,25 @@ def prove(folder: Path, way: str) -> None:
     )
 
 
-def main() -> None:
+def main(words: list[str]) -> int:
     """Both ways, in turn."""
-    folder = Path(sys.argv[1])
-    if len(sys.argv) > 2:
-        prove(folder, sys.argv[2])
-        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the random checkpoint is, or is to be")
+    parser.add_argument("way", nargs="?", choices=("whole", "streamed"), help="run one way in this process")
+    arguments = parser.parse_args(words)
+    folder = arguments.folder
+    if arguments.way:
+        prove(folder, arguments.way)
+        return 0
     if not folder.exists():
         make(folder)
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # digests are compared across processes
     for _ in range(2):
         for way in ("whole", "streamed"):
-            environment = {**os.environ, "PYTHONHASHSEED": "0"}  # digests are compared across processes
-            subprocess.run([sys.executable, __file__, str(folder), way], check=True, env=environment)
+            command = [sys.executable, "-m", "benchmarks.proof_memory", str(folder), way]
+            subprocess.run(command, check=True, env=environment)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -30,23 +30,27 @@ class Unread(torch.Tensor):
     change them, raises RuntimeError.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     get: Callable[[], torch.Tensor]
     on_meta: torch.Tensor
 
     @staticmethod
     def __new__(cls, get: Callable[[], torch.Tensor], meta: torch.Tensor) -> Unread:
         """``get`` returns the values; ``meta`` is a tensor of the same shape and dtype on the meta device."""
-        tensor: Unread = torch.Tensor._make_wrapper_subclass(cls, meta.shape, dtype=meta.dtype, device="cpu")
+        tensor: Unread = torch.Tensor._make_wrapper_subclass(
+            cls, meta.shape, dtype=meta.dtype, device=torch.device("cpu")
+        )
         tensor.get = get
         tensor.on_meta = meta
         return tensor
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Unread({list(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own stub leaves out cls
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if not _loading:
             raise RuntimeError(f"{function} of a tensor that is not read: it was used outside of its part of the model")
@@ -78,7 +82,7 @@ class _UnreadFile:
     """What transformers uses of ``safetensors.safe_open``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._file = safe_open(*args, **kwargs)
+        self._file: Any = safe_open(*args, **kwargs)
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
