@@ -24,7 +24,8 @@ def leftovers(folder: Path) -> list[str]:
 # -------------------------------------------------------------------------------------------------- faults on the ranks
 
 FAULTS = {
-    "disk full": "cannot be written: Error while serializing",
+    "disk full": "cannot be written: [Errno 27] File too large",
+    "disk full on another rank": "cannot be written: [Errno 27] File too large",
     "disk full in a companion": "File too large",
     "writer raises": "RuntimeError: planted",
     "other rank raises": "MemoryError: planted",
