@@ -151,9 +151,10 @@ def export(
     done = 0
 
     def join() -> TensorWriter | None:
-        if staging is None or is_writer():
+        if shared is None or is_writer():
             return writer
-        return TensorWriter(staging, expected, max_shard_bytes)
+        staging, shard_bytes = shared
+        return TensorWriter(staging, expected, shard_bytes)
 
     def move(entry: Entry) -> None:
         nonlocal done
@@ -185,7 +186,7 @@ def export(
         writer.finish()
 
     try:
-        staging = _shared_staging(source, writer)
+        shared = _shared_staging(source, writer)
         own_writer = _together(join)
         # 2. One tensor after the other. Ranks agree after each: one may fail where the others cannot see it.
         for entry in plan:
@@ -203,8 +204,10 @@ def export(
     return Path(folder)
 
 
-def _shared_staging(source: TensorSource, writer: HFFolderWriter | None) -> Path | None:
-    """The staging folder, on the ranks that write into it; collective. Sets ``source.spread`` on every rank.
+def _shared_staging(source: TensorSource, writer: HFFolderWriter | None) -> tuple[Path, int] | None:
+    """Rank 0's staging folder and largest file, on the ranks that write into it; collective.
+
+    Sets ``source.spread`` on every rank.
 
     The ranks that hold one copy of the experts write their own, if all of them are on rank 0's machine and see its
     folder. On a network file system two machines may not write into one file at the same time: the later one can put
@@ -213,12 +216,12 @@ def _shared_staging(source: TensorSource, writer: HFFolderWriter | None) -> Path
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     # 1. Where rank 0 writes, and who could.
-    told: list[Any] = [None, [0]]
+    told: list[Any] = [None, None, None]
     if writer is not None:
-        told = [str(writer.staging), source.writers()]
+        told = [str(writer.staging), writer.max_shard_bytes, source.writers()]
     dist.broadcast_object_list(told, src=0)
     staging = Path(told[0])
-    ranks = told[1]
+    ranks = told[2]
     # 2. Who sees the same folder on the same machine.
     seen: Any = None
     with suppress(OSError):
@@ -228,7 +231,7 @@ def _shared_staging(source: TensorSource, writer: HFFolderWriter | None) -> Path
     dist.all_gather_object(places, seen)
     source.spread = len(ranks) > 1 and seen is not None and all(places[rank] == places[0] for rank in ranks)
     if source.spread and dist.get_rank() in ranks:
-        return staging
+        return staging, told[1]
     return None
 
 

@@ -58,6 +58,7 @@ class TensorWriter:
 
     def __init__(self, staging: Path, expected: Expected, max_shard_bytes: int, *, create: bool = False) -> None:
         self.staging = staging
+        self.max_shard_bytes = max_shard_bytes
         self.seen: set[str] = set()
         """Names of the tensors that were written here."""
         self._expected = dict(expected)
