@@ -6,7 +6,7 @@
 Every expert is collected from the files of all ranks, ZeRO partitions are joined, and the weights are written in the
 hub's names and layout, with config.json, tokenizer and generation config. The folder appears under its name only when
 nothing is missing, no shape is wrong and every value is finite. It is byte for byte what the running training would
-have exported at that step. Memory: one projection of one layer's experts, and one shard.
+have exported at that step. Memory: one projection of one layer's experts.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ def evaluate_and_export(trainer: Any, ds: Any, eval_rows: Any) -> None:
 
     if eval_rows is not None:
         trainer.evaluate()
-    peak_gib = peak_memory_gib()  # of training; the proof below holds a second model on rank 0
+    peak_gib = peak_memory_gib()  # of training, without the proof below
     with Progress(disable=rank() != 0, transient=True) as bar:
         task = bar.add_task("export", total=None)
         trainer.export_progress = lambda done, total: bar.update(task, completed=done, total=total)

@@ -11,14 +11,20 @@ the model's own order:
 :class:`~moe_models.checkpoint.hf_folder.HFFolderWriter`, which refuses to finish unless nothing is missing. A source
 that still has tensors that were not asked for is refused as well.
 
-Memory: the writing rank holds one tensor of one layer in host memory (for experts: one projection of all E), and one
-shard; on its device no more than another rank's share. The others hold one tensor at a time.
+Every rank of one expert-parallel group writes its own experts, rank 0 the rest, into files that are planned beforehand
+(:mod:`moe_models.checkpoint.shards`). Where these ranks are on several machines, rank 0 writes alone, and the experts
+travel to it.
+
+Memory: a rank holds one tensor of one layer in host memory (for experts: one projection of those it holds; of all E on
+rank 0 where it writes alone); on its device no more than another rank's share.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +39,7 @@ from moe_models.checkpoint.hf_folder import (
     DEFAULT_MAX_SHARD_BYTES,
     ExportError,
     HFFolderWriter,
+    TensorWriter,
     copy_companions,
     save_companions,
 )
@@ -85,6 +92,7 @@ def hub_tensors(source: TensorSource, entry: Entry) -> dict[str, torch.Tensor]:
     """The tensors of one entry under their hub names; empty where this rank only helps."""
     label = entry.name if entry.projection is None else f"{entry.name}/{entry.projection}"
     try:
+        tensor: Any
         if entry.projection is None:
             tensor = source.dense(entry.name)
         else:
@@ -97,9 +105,11 @@ def hub_tensors(source: TensorSource, entry: Entry) -> dict[str, torch.Tensor]:
         return {}
     if entry.projection is None:
         return dict.fromkeys(entry.hub, tensor)
-    if tensor.shape[0] != len(entry.hub):
-        raise ExportError(f"{entry.name}: {tensor.shape[0]} experts arrived, the model has {len(entry.hub)}")
-    return dict(zip(entry.hub, tensor.unbind(0), strict=True))
+    names = list(entry.hub)
+    stacked, which = tensor
+    if len(stacked) != len(which) or which.stop > len(names):
+        raise ExportError(f"{entry.name}: {len(stacked)} experts arrived, the model has {len(names)}")
+    return dict(zip(names[which.start : which.stop], stacked.unbind(0), strict=True))
 
 
 def export(
@@ -135,19 +145,26 @@ def export(
     """
     plan = hub_plan(family, config)
     expected = _expected_on_disk(plan, config, source.dtype)
-    # 1. Open the staging folder. Only one rank writes.
+    # 1. Open the staging folder. The ranks that can write their own experts join rank 0.
     writer = _together(lambda: HFFolderWriter(folder, expected, max_shard_bytes) if is_writer() else None)
+    own_writer: TensorWriter | None = writer
     done = 0
+
+    def join() -> TensorWriter | None:
+        if shared is None or is_writer():
+            return writer
+        staging, shard_bytes = shared
+        return TensorWriter(staging, expected, shard_bytes)
 
     def move(entry: Entry) -> None:
         nonlocal done
         tensors = hub_tensors(source, entry)
-        if writer is None:
+        if own_writer is None:
             return
         for hub_name, tensor in tensors.items():
-            writer.add(hub_name, tensor)
-        done += len(tensors)
-        if progress is not None:
+            own_writer.add(hub_name, tensor)
+        done += len(entry.hub)
+        if progress is not None and is_writer():
             progress(done, len(expected))
 
     def finish() -> None:
@@ -156,6 +173,7 @@ def export(
             raise ExportError(f"{len(left)} trained tensors have no place in this model's checkpoint: {left[:4]}")
         if writer is None:
             return
+        writer.add_seen(seen_elsewhere)
         writer.close_weights()
         if companions is not None:
             copy_companions(companions, writer.staging)
@@ -168,16 +186,65 @@ def export(
         writer.finish()
 
     try:
-        # 2. One tensor after the other. Ranks agree after each: the writer may fail where the others cannot see it.
+        shared = _shared_staging(source, writer)
+        own_writer = _together(join)
+        # 2. One tensor after the other. Ranks agree after each: one may fail where the others cannot see it.
         for entry in plan:
             _together(partial(move, entry))
         # 3. What is beside the weights, and the rename.
+        seen_elsewhere = _seen_elsewhere(own_writer)
         _together(finish, slow=True)
     except BaseException:
         if writer is not None:
             writer.discard()
         raise
+    finally:
+        if own_writer is not None:
+            own_writer.close()
     return Path(folder)
+
+
+def _shared_staging(source: TensorSource, writer: HFFolderWriter | None) -> tuple[Path, int] | None:
+    """Rank 0's staging folder and largest file, on the ranks that write into it; collective.
+
+    Sets ``source.spread`` on every rank.
+
+    The ranks that hold one copy of the experts write their own, if all of them are on rank 0's machine and see its
+    folder. On a network file system two machines may not write into one file at the same time: the later one can put
+    back what it had read of the other's bytes. Then rank 0 writes alone, and the experts travel to it.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    # 1. Where rank 0 writes, and who could.
+    told: list[Any] = [None, None, None]
+    if writer is not None:
+        told = [str(writer.staging), writer.max_shard_bytes, source.writers()]
+    dist.broadcast_object_list(told, src=0)
+    staging = Path(told[0])
+    ranks = told[2]
+    # 2. Who sees the same folder on the same machine.
+    seen: Any = None
+    with suppress(OSError):
+        about = staging.stat()
+        seen = (socket.gethostname(), about.st_dev, about.st_ino)
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, seen)
+    source.spread = len(ranks) > 1 and seen is not None and all(places[rank] == places[0] for rank in ranks)
+    if source.spread and dist.get_rank() in ranks:
+        return staging, told[1]
+    return None
+
+
+def _seen_elsewhere(own_writer: TensorWriter | None) -> list[str]:
+    """Names of the tensors that the other ranks have written; collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return []
+    names: list[str] = []
+    if own_writer is not None and not is_writer():
+        names = sorted(own_writer.seen)
+    told: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(told, names)
+    return [name for some in told for name in some]
 
 
 def _expected_on_disk(plan: list[Entry], config: Any, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:

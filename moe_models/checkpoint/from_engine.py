@@ -36,6 +36,7 @@ class EngineSource:
         self._zero3 = engine.zero_optimization_stage() == 3
         self.dtype: torch.dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
         self.fingerprints: dict[str, int] = {}
+        self.spread = False
 
     def unasked(self) -> Iterable[str]:
         """See :class:`~moe_models.checkpoint.source.TensorSource`."""
@@ -60,7 +61,15 @@ class EngineSource:
                 return None
             return tensor.detach().to("cpu", copy=True)
 
-    def experts(self, path: str, projection: str) -> torch.Tensor | None:
+    def writers(self) -> list[int]:
+        """See :class:`~moe_models.checkpoint.source.TensorSource`."""
+        sizes = {block.ep_size: block for block in self._blocks.values()}
+        group = sizes[max(sizes)].ep_group if sizes else None
+        if len(sizes) != 1 or group is None or not _reaches_writer(group):
+            return [0]
+        return dist.get_process_group_ranks(group)
+
+    def experts(self, path: str, projection: str) -> tuple[torch.Tensor, range] | None:
         """See :class:`~moe_models.checkpoint.source.TensorSource`. Raises KeyError, on every rank, for a module that
         is no MoE block."""
         block = self._blocks[path]
@@ -74,12 +83,20 @@ class EngineSource:
             local = block.experts(projection)
             prints = torch.tensor([fingerprint(expert) for expert in local], device=local.device)
             # 2. Experts and fingerprints travel to rank 0 in the order of EP ranks, which is the order of experts.
-            stacked = _gather_to_writer(local, block.ep_group)
+            #    Where every rank writes its own, only the fingerprints do.
+            if self.spread:
+                stacked = local.to("cpu", copy=self._zero3)
+            else:
+                gathered = _gather_to_writer(local, block.ep_group)
             all_prints = _gather_to_writer(prints, block.ep_group)
         if all_prints is not None:
             for expert, value in enumerate(all_prints.tolist()):
                 self.fingerprints[f"{path}.experts.{expert}.{projection}"] = value
-        return stacked
+        if self.spread:
+            return stacked, block.local
+        if gathered is None:
+            return None
+        return gathered, range(block.num_experts)
 
     def _gathered(self, parameters: Sequence[torch.Tensor]) -> Any:
         """Inside, parameters that ZeRO-3 cut into shares are whole; collective."""

@@ -176,7 +176,12 @@ class FolderSource:
         for path in self.blocks:
             for weight in AUTOEP_EXPERT_NAMES.values():
                 self._unasked[f"{path}.experts.{weight}"] = None
+        self.spread = False
         self.dtype: torch.dtype = next(tensor.dtype for tensor in module.values() if tensor.is_floating_point())
+
+    def writers(self) -> list[int]:
+        """See :class:`~moe_models.checkpoint.source.TensorSource`: one process reads and writes all."""
+        return [0]
 
     @torch.no_grad()
     def dense(self, name: str) -> torch.Tensor:
@@ -194,19 +199,21 @@ class FolderSource:
         return self._partitions.join(stored, rank_0.sharers[stored]).to(kept.dtype)
 
     @torch.no_grad()
-    def experts(self, path: str, projection: str) -> torch.Tensor:
+    def experts(self, path: str, projection: str) -> tuple[torch.Tensor, range]:
         """See :class:`~moe_models.checkpoint.source.TensorSource`."""
         block = self.blocks.get(path)
         if block is None:  # Hugging Face's own: every rank has all experts
-            return take_projection(self.dense(plain_parameter(path, projection)), projection)
+            stacked = take_projection(self.dense(plain_parameter(path, projection)), projection)
+            return stacked, range(len(stacked))
         self._unasked.pop(autoep_parameter(path, projection), None)
+        every = range(block.num_experts)
         if self._partitions is not None:
-            return self._joined_experts(block, projection, self._partitions)
+            return self._joined_experts(block, projection, self._partitions), every
         experts = []
-        for expert in range(block.num_experts):
+        for expert in every:
             file = self._expert_file(block, expert)
             experts.append(_tensor_in(file, block.name_in_file(projection, expert)))
-        return torch.stack(experts)
+        return torch.stack(experts), every
 
     @torch.no_grad()
     def part(self, name: str, places: range) -> torch.Tensor:

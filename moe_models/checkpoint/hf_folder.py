@@ -15,15 +15,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from moe_models.errors import RunError, some_of
+from moe_models.checkpoint.shards import Expected, ShardFiles, plan_shards
+from moe_models.errors import RunError, one_line, some_of
 from moe_models.files import _sync, replace_folder, restore_previous
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
@@ -43,53 +43,35 @@ class ExportError(RunError):
     """The folder cannot be completed; the message names every tensor that is at fault. Nothing was left behind."""
 
 
-class HFFolderWriter:
-    """Collects hub-named tensors into ``folder`` as safetensors shards plus index.
+class TensorWriter:
+    """Writes hub-named tensors into the files of a staging folder that another process has made.
 
     Args:
-        folder: the final place; it must not exist, be empty, or hold an earlier export and nothing else.
+        staging: the folder.
         expected: hub name -> (shape, dtype) of every tensor that the finished folder must hold.
-        max_shard_bytes: a shard is written when the next tensor would make it larger.
+        max_shard_bytes: largest file; the same as in the process that made them.
 
     Raises:
-        ExportError: from ``__init__`` if ``folder`` holds something that is not an export, or another process is
-            writing there; from :meth:`add` for an unknown, repeated, misshapen or non-finite tensor, or one of another
-            dtype; from :meth:`close_weights` for missing ones; from all of them if the disk refuses.
+        ExportError: from :meth:`add` for an unknown, repeated, misshapen or non-finite tensor, or one of another dtype;
+            from all methods if the disk refuses.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-        max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    ) -> None:
-        self.folder = Path(os.path.realpath(folder))  # "." has no name, and a link must not be renamed
+    def __init__(self, staging: Path, expected: Expected, max_shard_bytes: int, *, create: bool = False) -> None:
+        self.staging = staging
+        self.max_shard_bytes = max_shard_bytes
+        self.seen: set[str] = set()
+        """Names of the tensors that were written here."""
         self._expected = dict(expected)
-        self._max_shard_bytes = max_shard_bytes
-        # The shard in progress, the shards on the disk (file, names of its tensors), and everything seen so far.
-        self._shard: dict[str, torch.Tensor] = {}
-        self._shard_bytes = 0
-        self._shard_files: list[tuple[str, list[str]]] = []
-        self._seen: set[str] = set()
-        self.total_bytes = 0
-        self.total_parameters = 0
-        # 1. The place must be free, or hold an earlier export.
-        restore_previous(self.folder)
-        refuse_foreign_folder(self.folder)
-        # 2. The staging folder. A living export holds its lock; what a crash left behind is free.
-        self.staging = self.folder.with_name(f".{self.folder.name}.writing")
-        if self.staging.exists():
-            os.close(_lock(self.staging))
-            shutil.rmtree(self.staging)
-        self.staging.mkdir(parents=True)
-        self._lock_fd = _lock(self.staging)
+        self._shards = plan_shards(expected, max_shard_bytes)
+        with _refusals_of_the_disk(staging):
+            self._files = ShardFiles(staging, self._shards, create=create)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor (CPU, any stride). It must own its memory or be copied here: shards outlive the caller."""
+        """Write one tensor (CPU, any stride)."""
         # 1. Refuse what the finished folder must not hold.
         if name not in self._expected:
             raise ExportError(f"{name}: not a tensor of this model's Hugging Face checkpoint")
-        if name in self._seen:
+        if name in self.seen:
             raise ExportError(f"{name}: arrived twice")
         shape, dtype = self._expected[name]
         if tuple(tensor.shape) != tuple(shape):
@@ -100,58 +82,79 @@ class HFFolderWriter:
         if not bool(finite.all()):
             bad = int((~finite).sum())
             raise ExportError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
-        # 2. Make room: the shard in progress is written if this tensor would make it too large.
-        nbytes = tensor.numel() * tensor.element_size()
-        if self._shard and self._shard_bytes + nbytes > self._max_shard_bytes:
-            self._flush()
-        # 3. Keep it. A slice of a gathered tensor would keep the whole gathered tensor alive, so it is copied.
-        owns_memory = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == nbytes
-        if not owns_memory:
-            tensor = tensor.contiguous().clone()
-        self._seen.add(name)
-        self._shard[name] = tensor
-        self._shard_bytes += nbytes
-        self.total_bytes += nbytes
-        self.total_parameters += tensor.numel()
+        # 2. To its place.
+        with _refusals_of_the_disk(self.staging):
+            self._files.write(name, tensor)
+        self.seen.add(name)
 
-    def _flush(self) -> None:
-        """Write the shard in progress under a name of its own; how many shards there will be is not known yet."""
-        if not self._shard:
-            return
-        file = self.staging / f"shard-{len(self._shard_files):05d}.safetensors"
-        file.touch()
-        mode = file.stat().st_mode  # what the user's umask says; safetensors would let only the owner read it
+    def close(self) -> None:
+        """Close the files; what was written stays."""
+        self._files.close()
+
+
+class HFFolderWriter(TensorWriter):
+    """Collects hub-named tensors into ``folder`` as safetensors shards plus index.
+
+    Args:
+        folder: the final place; it must not exist, be empty, or hold an earlier export and nothing else.
+        expected: hub name -> (shape, dtype) of every tensor that the finished folder must hold.
+        max_shard_bytes: a shard ends where the next tensor would make it larger.
+
+    Raises:
+        ExportError: from ``__init__`` if ``folder`` holds something that is not an export, or another process is
+            writing there; from :meth:`add` for an unknown, repeated, misshapen or non-finite tensor, or one of another
+            dtype; from :meth:`close_weights` for missing ones; from all of them if the disk refuses.
+    """
+
+    def __init__(self, folder: Path, expected: Expected, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> None:
+        self.folder = Path(os.path.realpath(folder))  # "." has no name, and a link must not be renamed
+        # 1. The place must be free, or hold an earlier export.
+        restore_previous(self.folder)
+        refuse_foreign_folder(self.folder)
+        # 2. The staging folder. A living export holds its lock; what a crash left behind is free.
+        staging = self.folder.with_name(f".{self.folder.name}.writing")
+        if staging.exists():
+            os.close(_lock(staging))
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True)
+        self._lock_fd = _lock(staging)
+        # 3. The files, in their full size; where the file system allows it the values have no place on the disk yet.
         try:
-            save_file(self._shard, file, metadata={"format": "pt"})
-        except SafetensorError as error:  # it is no OSError, even for a full disk
-            raise ExportError(f"{file}: cannot be written: {error}") from error
-        file.chmod(mode)
-        self._shard_files.append((file.name, list(self._shard)))
-        self._shard = {}
-        self._shard_bytes = 0
+            super().__init__(staging, expected, max_shard_bytes, create=True)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            os.close(self._lock_fd)
+            raise
+        self._seen_elsewhere: list[str] = []
+
+    def add_seen(self, names: Iterable[str]) -> None:
+        """Note tensors that another process has written into the same files."""
+        self._seen_elsewhere.extend(names)
 
     def close_weights(self) -> None:
-        """Write the last shard and the index; raises :class:`ExportError` naming every tensor that never came."""
-        # 1. Nothing may be missing.
-        missing = [name for name in self._expected if name not in self._seen]
+        """Write the index; raises :class:`ExportError` naming every tensor that never came, or came twice."""
+        self.close()
+        # 1. Nothing may be missing, and nothing may have two writers.
+        names = [*self.seen, *self._seen_elsewhere]
+        repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if repeated:
+            raise ExportError(f"{some_of(repeated)}: arrived twice")
+        seen = set(names)
+        missing = [name for name in self._expected if name not in seen]
         if missing:
             raise ExportError(f"{len(missing)} of {len(self._expected)} tensors are missing: {some_of(missing, 8)}")
-        self._flush()
-        # 2. A single shard needs no index.
-        count = len(self._shard_files)
-        if count == 1:
-            only, _ = self._shard_files[0]
-            os.replace(self.staging / only, self.staging / "model.safetensors")
+        # 2. A single shard needs no index; for several it says which tensor is where.
+        if len(self._shards) == 1:
             return
-        # 3. Several get names with their number, and an index that says which tensor is where.
-        weight_map: dict[str, str] = {}
-        for number, (file, names) in enumerate(self._shard_files, start=1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            os.replace(self.staging / file, self.staging / final)
-            for name in names:
-                weight_map[name] = final
+        weight_map = {name: shard.file for shard in self._shards for name in shard.places}
+        total_bytes = 0
+        total_parameters = 0
+        for shape, dtype in self._expected.values():
+            numel = torch.Size(shape).numel()
+            total_parameters += numel
+            total_bytes += numel * dtype.itemsize
         index = {
-            "metadata": {"total_size": self.total_bytes, "total_parameters": self.total_parameters},
+            "metadata": {"total_size": total_bytes, "total_parameters": total_parameters},
             "weight_map": dict(sorted(weight_map.items())),
         }
         (self.staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
@@ -167,8 +170,18 @@ class HFFolderWriter:
 
     def discard(self) -> None:
         """Remove what was written so far."""
+        self.close()
         shutil.rmtree(self.staging, ignore_errors=True)
         os.close(self._lock_fd)
+
+
+@contextmanager
+def _refusals_of_the_disk(folder: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into an ExportError."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written: {one_line(error)}") from error
 
 
 def _lock(folder: Path) -> int:

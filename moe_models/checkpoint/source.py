@@ -14,12 +14,20 @@ class TensorSource(Protocol):
     """Where an export takes its tensors from. A collective source returns None on ranks that do not write."""
 
     dtype: torch.dtype
+    spread: bool
+    """Whether :meth:`experts` leaves the experts on the ranks that hold them, for these to write."""
+
+    def writers(self) -> list[int]:
+        """The ranks that hold one copy of the experts together, rank 0 among them; just rank 0 where it holds all."""
 
     def dense(self, name: str) -> torch.Tensor | None:
         """The full tensor with this module-layout name, on CPU."""
 
-    def experts(self, block: str, projection: str) -> torch.Tensor | None:
-        """All E experts of ``block`` (module path) for ``projection`` (gate, up or down), on CPU."""
+    def experts(self, block: str, projection: str) -> tuple[torch.Tensor, range] | None:
+        """(experts of ``block`` for ``projection``, which of the E they are), on CPU: all of them, or this rank's.
+
+        ``block`` is the module path; ``projection`` is gate, up or down.
+        """
 
     def unasked(self) -> Iterable[str]:
         """Names of trained tensors that were not asked for so far."""

@@ -196,6 +196,7 @@ def failing_exports(source: str, out: str, stage: int, faults: list[str]) -> dic
 def _export_with_fault(engine: Any, source: str, out: str, fault: str) -> None:
     import torch.distributed as dist
 
+    from moe_models.checkpoint import export
     from moe_models.checkpoint.hf_folder import HFFolderWriter
 
     rank = dist.get_rank()
@@ -203,18 +204,22 @@ def _export_with_fault(engine: Any, source: str, out: str, fault: str) -> None:
         with file_size_limit(20_000):
             export_engine(engine, source, out, max_shard_bytes=30_000)
     elif fault == "disk full in a companion" and rank == 0:
-        with file_size_limit(200):
-            # Every shard is larger than that, so none is written: what fails is config.json.
-            original, HFFolderWriter._flush = HFFolderWriter._flush, lambda self: None
-            try:
-                export_engine(engine, source, out)
-            finally:
-                HFFolderWriter._flush = original
+        save = export.save_companions
+
+        def save_on_a_full_disk(*args: Any, **kwargs: Any) -> None:
+            with file_size_limit(200):
+                save(*args, **kwargs)
+
+        with parity.planted(export, "save_companions", save_on_a_full_disk):
+            export_engine(engine, source, out)
+    elif fault == "disk full on another rank" and rank == 1:
+        with file_size_limit(20_000):
+            export_engine(engine, source, out, max_shard_bytes=30_000)
     elif fault == "writer raises" and rank == 0:
         original_add = HFFolderWriter.add
 
         def add(self: Any, name: str, tensor: Any) -> None:
-            if len(self._seen) == 9:
+            if len(self.seen) == 9:
                 raise RuntimeError("planted")
             original_add(self, name, tensor)
 
