@@ -52,7 +52,7 @@ def read_config(name: str) -> dict[str, Any]:
     return read_json(name) if Path(name).is_file() else read_model_config(name)
 
 
-def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple[Any, Any]:
+def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any, ds: Any) -> tuple[Any, Any]:
     """(model with random weights, tokenizer).
 
     Raises UserError if config or tokenizer cannot be read, or if they do not fit together or to the data.
