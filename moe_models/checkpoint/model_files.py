@@ -6,6 +6,7 @@ traceback, or read on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -59,7 +60,9 @@ def check_model_files(folder: Path, *, quantized: bool = False) -> None:
     # 1. Every file is there.
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        problems.add(f"{folder / INDEX_NAME}: names {len(missing)} files that are not there ({some_of(missing)}); {AGAIN}")
+        problems.add(
+            f"{folder / INDEX_NAME}: names {len(missing)} files that are not there ({some_of(missing)}); {AGAIN}"
+        )
     # 2. Every file is whole, and its weights can be used.
     headers: dict[str, dict[str, Stored]] = {}
     for file in files:
@@ -75,6 +78,10 @@ def check_model_files(folder: Path, *, quantized: bool = False) -> None:
             problems.add(*type_problems(file, headers[file.name]))
     # 3. Every tensor is where the index says.
     problems.add(*_index_problems(folder, headers))
+    problems.refuse()
+    # 4. No expert lacks a part: transformers reports that without a name.
+    shapes = {name: stored.shape for header in headers.values() for name, stored in header.items()}
+    problems.add(*expert_problems(folder, shapes))
     problems.refuse()
 
 
@@ -92,6 +99,34 @@ def _index_problems(folder: Path, headers: Mapping[str, Mapping[str, Stored]]) -
                 f"{folder / file}: lacks {len(absent)} of the {len(tensors)} tensors that {INDEX_NAME} says are in it "
                 f"({some_of(absent, 2)}); it is a file of another model, or {INDEX_NAME} is; {AGAIN}"
             )
+
+
+def expert_problems(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """A line if experts of one layer do not have the same tensors, in the same shapes."""
+    # 1. Layer -> projection -> expert -> shape.
+    layers: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {}
+    for name, shape in shapes.items():
+        found = _EXPERT.fullmatch(name)
+        if found is not None:
+            projections = layers.setdefault(found["layer"], {})
+            projections.setdefault(found["projection"], {})[int(found["expert"])] = shape
+    # 2. Each projection needs as many experts as the layer has, all of the shape that most have.
+    wrong = []
+    for layer, projections in layers.items():
+        count = 1 + max(expert for experts in projections.values() for expert in experts)
+        for projection, experts in projections.items():
+            usual = max(experts.values(), key=list(experts.values()).count)
+            for expert in range(count):
+                if expert not in experts:
+                    wrong.append(f"{layer}{expert}{projection} is missing")
+                elif experts[expert] != usual:
+                    wrong.append(f"{layer}{expert}{projection} is {list(experts[expert])}, others are {list(usual)}")
+    if wrong:
+        yield f"{folder}: {len(wrong)} weights of experts are missing or incomplete ({some_of(wrong)}); {AGAIN}"
+
+
+_EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<expert>\d+)(?P<projection>\..*)")
+"""Hub name of a tensor of one expert."""
 
 
 def type_problems(file: str | Path, header: Mapping[str, Stored]) -> Iterable[str]:

@@ -150,7 +150,7 @@ def _read_piece(out: torch.Tensor, run: Run) -> None:
     """One read, straight into ``out`` where it is in host memory and of the stored dtype."""
     straight = out.device.type == "cpu" and out.dtype == run.dtype
     target = out if straight else torch.empty(run.count, dtype=run.dtype)
-    memory = memoryview(target.view(torch.uint8).numpy())
+    memory = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
     done = 0
     try:
         while done < len(memory):
@@ -193,11 +193,12 @@ def give_back() -> None:
 class OnDisk(torch.Tensor):
     """A tensor that has not been read yet; ``runs`` are its values in the order of the flattened tensor."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     runs: list[Run]
 
     @staticmethod
     def __new__(cls, runs: list[Run], shape: Sequence[int], dtype: torch.dtype, device: Any = "cpu") -> OnDisk:
+        """A tensor whose flattened values are ``runs``, one after the other."""
         tensor: OnDisk = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=dtype, device=torch.device(device)
         )
@@ -237,11 +238,13 @@ class OnDisk(torch.Tensor):
         wanted = self.like(cut(self.runs, start, start + out.numel()), [out.numel()])
         wanted.read_into(out)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"OnDisk({list(self.shape)}, {self.dtype}, {self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         # 1. Without values, where that works.
         handler = _HANDLERS.get(func)

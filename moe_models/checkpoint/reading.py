@@ -62,7 +62,7 @@ def read_model(name: str, ds: DsConfig, *, dtype: torch.dtype, device: Any, **op
     try:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(name, revision=options.get("revision"))
+        config = options.get("config") or AutoConfig.from_pretrained(name, revision=options.get("revision"))
         quantized = getattr(config, "quantization_config", None) is not None
         if Path(name).is_dir():
             check_model_files(Path(name), quantized=quantized)
@@ -138,9 +138,7 @@ def ordinary_warning(name: str, why: str) -> str:
     files = [file for file in Path(name).glob("*") if file.suffix in (".safetensors", ".bin")]
     size = sum(file.stat().st_size for file in files)
     cost = f"{ranks} x {size / 1e9:,.2f} GB" if size else f"{ranks} times its size"
-    return (
-        f"{name}: each rank of this machine reads the whole model ({cost} of host memory) instead of its own share: {why}"
-    )
+    return f"{name}: each rank reads the whole model ({cost} of host memory here) instead of its own share: {why}"
 
 
 # ------------------------------------------------------------------------------------------------- each its own share
@@ -246,7 +244,6 @@ def fill_partitions(model: Any, state_dict: Any, load_config: Any, experts: set[
     tensors = dict(state_dict)
     if load_config.weight_mapping:
         tensors = _apply_weight_conversions_to_state_dict(model, tensors, load_config.weight_mapping)
-        model._weight_conversions = load_config.weight_mapping
     missing = set(model.state_dict())
     prefix = f"{model.base_model_prefix}."  # the checkpoint may be that of the model without its head
     tensors = {prefix + name if prefix + name in missing else name: tensor for name, tensor in tensors.items()}
@@ -284,7 +281,7 @@ def _share_bytes(parameter: Any, tensor: torch.Tensor) -> int:
     """Bytes of the files that this rank's partition of ``parameter`` takes."""
     if not isinstance(tensor, OnDisk) or not hasattr(parameter, "ds_tensor"):
         return 0
-    return tensor.stored_bytes * parameter.ds_tensor.ds_numel // max(1, parameter.ds_numel)
+    return int(tensor.stored_bytes * parameter.ds_tensor.ds_numel / max(1, parameter.ds_numel))
 
 
 def _unpartitioned(held: Any, tensor: torch.Tensor) -> nn.Parameter:
@@ -324,7 +321,7 @@ def refuse_unread(model: nn.Module) -> None:
     names = list(unread_tensors(model))
     if names:
         raise RunError(
-            f"{len(names)} tensors of the model were never read ({some_of(names)}): no part of the layout took them, and "
+            f"{len(names)} tensors of the model were never read ({some_of(names)}): no part of the layout took them, so "
             "they would not be trained; nothing was written. Please report it with the ds_config JSON"
         )
 
