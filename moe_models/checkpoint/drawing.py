@@ -105,6 +105,7 @@ def draw(folder: Path, config: Any, seed: int, dtype: torch.dtype, attn_implemen
         _save(shard, folder / file)
         mapped.drop(shard.values())
         weight_map |= dict.fromkeys(shard, file)
+    mapped.drop_all()
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     save_companions(folder, config, dtype)
 
@@ -124,6 +125,7 @@ class MappedTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, folder: Path) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.folder = folder
+        self._count = 0
         self._files: dict[int, Path] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,7 +139,8 @@ class MappedTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _mapped(self, shape: Any, dtype: torch.dtype, nbytes: int) -> torch.Tensor:
-        path = self.folder / f"tensor-{len(self._files)}"
+        path = self.folder / f"tensor-{self._count}"
+        self._count += 1
         with path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk is an error here; later it would be a SIGBUS
         tensor = torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype)
@@ -150,3 +153,8 @@ class MappedTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             path = self._files.get(tensor.untyped_storage().data_ptr())
             if path is not None:
                 path.unlink(missing_ok=True)
+
+    def drop_all(self) -> None:
+        """Remove every file that is left: those of tied weights and of tensors that the model let go."""
+        for path in self.folder.glob("tensor-*"):
+            path.unlink()

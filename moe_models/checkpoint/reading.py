@@ -321,7 +321,7 @@ def refuse_unread(model: nn.Module) -> None:
     names = list(unread_tensors(model))
     if names:
         raise RunError(
-            f"{len(names)} tensors of the model were never read ({some_of(names)}): no part of the layout took them, so "
+            f"{len(names)} tensors of the model were never read ({some_of(names)}): no part of the layout took them, "
             "they would not be trained; nothing was written. Please report it with the ds_config JSON"
         )
 

@@ -162,7 +162,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         without("experts.3.gate_proj", "experts.3.up_proj"), ": 2 weights of experts are missing or incomplete ("
     ),
     "expert's down missing": (
-        without("experts.3.down_proj"), "experts are missing or incomplete (model.layers.0.mlp.experts.3.down_proj.weight is m"
+        without("experts.3.down_proj"), f"experts are missing or incomplete ({LAYER}mlp.experts.3.down_proj.weight"
     ),
     "last expert missing": (
         without("experts.7."), f": 2{ABSENT}{LAYER}mlp.experts.down_proj, model.layers.0"

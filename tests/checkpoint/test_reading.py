@@ -15,9 +15,22 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from tests.support.cluster import Cluster
+from tests.support import reading_memory
+from tests.support.cluster import Cluster, free_port
 from tests.support.parity import daily, planted
-from tests.support.recipe import ROOT, command, save_model, start_in_cluster, text_rows, write_jsonl
+from tests.support.recipe import (
+    ROOT,
+    SCRIPT,
+    ForkedRecipe,
+    command,
+    launch,
+    save_model,
+    start_in_cluster,
+    text_rows,
+    word_tokenizer,
+    write_jsonl,
+)
+from tests.support.tiny import TINY
 
 Clusters = Callable[[int], Cluster]
 
@@ -107,6 +120,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
+def save(folder: Path, family: str) -> Path:
+    """A tiny model of any family, in bf16."""
+    if family != "prmoe":
+        return save_model(folder, family, dtype="bfloat16", **MORE[family])
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import moe_models.prmoe  # noqa: F401 (for AutoConfig)
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("prmoe", **TINY["mixtral"] | MORE["prmoe"])
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def sharded(folder: Path) -> Path:
     """The same folder with its weights in several files and an index."""
     from safetensors.torch import load_file, save_file
@@ -130,7 +159,7 @@ MORE: dict[str, dict[str, Any]] = {
     "olmoe": {},
     "deepseek_v2": {},
     "deepseek_v3": {},
-    "prmoe": {},
+    "prmoe": {"num_local_experts": [2, 4], "num_experts_per_tok": 1},
 }
 OFFLOAD = {"offload_param": {"device": "cpu"}}
 
@@ -193,3 +222,275 @@ def test_a_rank_that_reads_one_value_too_late_is_seen(models: Any, clusters: Clu
     words = flags(models, "mixtral", "zero1_ep2", {}, tmp_path)
     wrong, right = (clusters(2).run(two_steps, words, False, plant)[0] for plant in ("one value later", ""))
     assert any(wrong["held"][name] != right["held"][name] for name in right["held"])
+
+
+# ------------------------------------------------------------------------------------------------------- host memory
+
+SMALL = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 256,
+}  # fmt: skip
+LARGE = {**SMALL, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "num_local_experts": 8}
+"""154 MB; Mixtral's proportions, and an expert of half a megabyte."""
+MOST = 1.3
+"""What all ranks together may hold over their own, in multiples of the checkpoint, until the optimizer is built. One
+copy of the experts is 1.0 of it; the rest is dense tensors, which every rank has, and one layer in the making."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, int]:
+    """(a small one, a large one, bytes of the large one)."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    reading_memory.write_checkpoint(folder / "small", **SMALL)
+    size = reading_memory.write_checkpoint(folder / "large", **LARGE)
+    return str(folder / "small"), str(folder / "large"), size
+
+
+def held_by_all(clusters: Clusters, ranks: int, checkpoints: tuple[str, str, int], *rest: Any) -> float:
+    """The sum of the ranks' peaks, which is no less than the peak of their sum, in multiples of the checkpoint."""
+    small, large, size = checkpoints
+    measured = clusters(ranks).run(reading_memory.measure, small, large, *rest)
+    return float(sum(rank["bytes"] for rank in measured) / size)
+
+
+IN_MEMORY: list[tuple[int, dict[str, Any]]] = [
+    (2, {"stage": 1, "ep": 2}),
+    (2, {"stage": 3, "ep": 2}),
+    (2, {"stage": 3}),
+    (2, {"stage": 1, "native": 2}),
+    (2, {"stage": 2, "ep": 2}),
+    (2, {"stage": 3, "zero": OFFLOAD}),
+    (4, {"stage": 1, "ep": 4}),
+    (4, {"stage": 3, "ep": 4}),
+    (4, {"stage": 3}),
+    (4, {"stage": 1, "native": 4}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), daily(IN_MEMORY, {0, 1, 2, 3}), ids=str)
+def test_all_ranks_together_hold_the_model_once(
+    ranks: int, layout: dict[str, Any], clusters: Clusters, checkpoints: tuple[str, str, int]
+) -> None:
+    assert held_by_all(clusters, ranks, checkpoints, layout, False) < MOST
+
+
+def test_the_ordinary_way_holds_it_once_for_each_rank(clusters: Clusters, checkpoints: tuple[str, str, int]) -> None:
+    """Else the measurement above would see nothing."""
+    assert held_by_all(clusters, 2, checkpoints, {"stage": 1, "ep": 2}, True) > 1.8
+
+
+# --------------------------------------------------------------------------------------------- where it cannot be done
+
+NVME = {"offload_param": {"device": "nvme", "nvme_path": "/nvme"}}
+
+
+@pytest.mark.parametrize(
+    ("zero", "why"),
+    [
+        ({"stage": 1}, None),
+        ({"stage": 3}, None),
+        ({"stage": 3, **OFFLOAD}, None),
+        ({"stage": 3, **NVME}, 'zero_optimization.offload_param.device = "nvme"'),
+        ({"stage": 3, "zero_hpz_partition_size": 2}, "zero_optimization.zero_hpz_partition_size = 2"),
+        ({"stage": 3, "zero_quantized_weights": True}, "zero_optimization.zero_quantized_weights = True"),
+        ({"stage": 3, "mics_shard_size": 2}, "zero_optimization.mics_shard_size = 2"),
+    ],
+)
+def test_layouts_that_read_in_the_ordinary_way(zero: dict[str, Any], why: str | None, models: Any) -> None:
+    from moe_models.checkpoint.reading import why_ordinary
+    from tests.support.layouts import from_raw
+
+    ds = from_raw({"zero_optimization": zero})
+    assert why_ordinary(ds, str(models("mixtral"))) == why
+    assert why_ordinary(ds, str(models("mixtral")), quantized=True) == "its weights are quantized (quantization_config)"
+
+
+def alone(words: list[str], script: Path | None = None) -> Any:
+    """The recipe as one rank, in a fork."""
+    environment = {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return ForkedRecipe(script or SCRIPT)(words, RANK="0", **environment)
+
+
+def test_a_folder_of_pickles_is_read_with_a_warning(models: Any, tmp_path: Path) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file
+
+    pickled = tmp_path / "pickled"
+    shutil.copytree(models("mixtral"), pickled)
+    tensors = {name: tensor for file in pickled.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    for file in pickled.glob("model*"):
+        file.unlink()
+    _, *words = flags(lambda _: pickled, "mixtral", "zero3", {}, tmp_path)
+    ended = alone(words)
+    assert ended.code == 0, ended
+    warning = (
+        f"warning: {pickled}: each rank reads the whole model (1 x 0.00 GB of host memory here) instead of its own"
+    )
+    assert warning in ended.stderr
+    assert "no safetensors files; model.save_pretrained writes them" in ended.stderr
+
+
+# ------------------------------------------------------------------------------------------------ a disk that fails
+
+
+def failing(folder: Path, rank: int, after: int) -> Path:
+    """The recipe on a machine whose disk fails on one rank, when that has read ``after`` bytes."""
+    script = folder / "finetune.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'recipes')!r}]\n"
+        "from moe_models.checkpoint import on_disk\n"
+        "right = os.preadv\n"
+        "def preadv(*args):\n"
+        f"    if os.environ['RANK'] == '{rank}' and on_disk.TALLY.bytes >= {after}:\n"
+        "        raise OSError(5, 'Input/output error')\n"
+        "    return right(*args)\n"
+        "os.preadv = preadv\n"
+        f"sys.argv[0] = {str(SCRIPT)!r}\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    return script
+
+
+def dense_bytes(folder: Path) -> int:
+    from moe_models.checkpoint.on_disk import LazyFile
+
+    files = [LazyFile(path) for path in folder.glob("*.safetensors")]
+    return sum(f.get_tensor(name).stored_bytes for f in files for name in f.keys() if ".experts." not in name)  # noqa: SIM118
+
+
+@pytest.mark.parametrize(("preset", "moment"), [("zero3", "dense"), ("zero1_ep1", "dense"), ("zero1_ep1", "experts")])
+def test_a_disk_that_fails_is_one_line(preset: str, moment: str, models: Any, tmp_path: Path) -> None:
+    _, *words = flags(models, "mixtral", preset.replace("ep1", "ep2"), {}, tmp_path)
+    if preset == "zero1_ep1":
+        ds = json.loads((tmp_path / "ds.json").read_text())
+        ds["expert_parallel"]["autoep_size"] = 1
+        (tmp_path / "ds.json").write_text(json.dumps(ds))
+    after = dense_bytes(models("mixtral")) if moment == "experts" else 100
+    ended = alone(words, failing(tmp_path, 0, after))
+    assert ended.code == 1, ended
+    (line,) = ended.errors
+    assert "cannot be read at byte" in line
+    assert "Input/output error" in line
+    assert ".safetensors" in line
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("moment", ["dense", "experts"])
+def test_a_disk_that_fails_on_one_rank_ends_all(moment: str, models: Any, tmp_path: Path) -> None:
+    """The others wait in a collective; the rank that knows says so, and the launcher ends them."""
+    _, *words = flags(models, "mixtral", "zero1_ep2", {}, tmp_path)
+    after = dense_bytes(models("mixtral")) if moment == "experts" else 100
+    ended = launch(words, tmp_path, script=failing(tmp_path, 1, after))
+    assert ended.code == 1, ended
+    (line,) = ended.errors
+    assert "Input/output error" in line
+    assert not list((tmp_path / "out").glob("model*"))
+
+
+# ------------------------------------------------------------------------------------------------ the tensor on its own
+
+
+def test_what_is_done_to_a_tensor_on_disk_is_done_to_its_values(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from moe_models.checkpoint.on_disk import TALLY, LazyFile, OnDisk
+
+    values = {
+        "a": torch.randn(6, 4, 5), "b": torch.randn(6, 4, 5), "m": torch.randn(7, 5).bfloat16(), "v": torch.randn(9),
+        "s": torch.tensor(2.5), "i": torch.arange(12).reshape(3, 4), "none": torch.empty(0, 4),
+        "flag": torch.ones(3) > 0,
+    }  # fmt: skip
+    save_file(values, tmp_path / "x.safetensors")
+    file = LazyFile(tmp_path / "x.safetensors")
+    lazy = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    operations: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "stack": lambda t: torch.stack([t["a"], t["b"]]),
+        "cat 0": lambda t: torch.cat([t["a"], t["b"]]),
+        "cat 1": lambda t: torch.cat([t["a"], t["b"]], dim=1),
+        "cat -1": lambda t: torch.cat([t["a"], t["b"]], dim=-1),
+        "cat of a part": lambda t: torch.cat([t["a"][2:5], t["b"][1:4]], dim=1)[1],
+        "part of a stack": lambda t: torch.stack([t["m"], t["m"]])[1, 2:4],
+        "chunk": lambda t: t["a"][3].chunk(2, dim=-2)[1],
+        "split": lambda t: t["m"].split(3)[2],
+        "cast": lambda t: t["m"].float()[3],
+        "cast down": lambda t: t["a"].to(torch.bfloat16)[1:2],
+        "all of it": lambda t: t["v"][...],
+        "negative": lambda t: t["a"][-2][-3:],
+    }
+    before = TALLY.bytes
+    kept = {name: operation(lazy) for name, operation in operations.items()}
+    assert TALLY.bytes == before, "none of these needs values"
+    for name, operation in operations.items():
+        assert isinstance(kept[name], OnDisk), name
+        assert torch.equal(kept[name].clone(), operation(values)), name
+    read = {
+        "columns": lambda t: t["a"][:, 1:3],
+        "sum": lambda t: t["a"].sum() + t["s"],
+        "product": lambda t: t["m"].t() @ t["m"],
+        "transposed": lambda t: t["a"].transpose(1, 2).contiguous(),
+        "integers": lambda t: t["i"] + 1,
+        "empty": lambda t: t["none"].clone(),
+        "flags": lambda t: t["flag"].clone(),
+    }
+    for name, operation in read.items():
+        assert torch.equal(operation(lazy), operation(values)), name
+    target = torch.zeros(3, 4, 5)
+    target.copy_(lazy["a"][3:])
+    assert torch.equal(target, values["a"][3:])
+    with pytest.raises(RuntimeError, match="still on disk"):
+        lazy["a"].add_(1)
+    flat = torch.zeros(11, dtype=torch.bfloat16)
+    lazy["m"].read_range(flat, 13)
+    assert torch.equal(flat, values["m"].flatten()[13:24])
+
+
+def test_only_the_bytes_that_are_needed_are_read(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from moe_models.checkpoint.on_disk import TALLY, LazyFile
+
+    save_file({"x": torch.randn(8, 100)}, tmp_path / "x.safetensors")
+    before = TALLY.bytes
+    LazyFile(tmp_path / "x.safetensors").get_tensor("x")[2:4].clone()
+    assert TALLY.bytes - before == 2 * 100 * 4
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    import os
+
+    import torch
+    from safetensors.torch import save_file
+
+    from moe_models.checkpoint.on_disk import LazyFile, ReadError
+
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.randn(8, 100)}, path)
+    tensor = LazyFile(path).get_tensor("x")
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ReadError) as caught:
+        tensor.clone()
+    assert caught.value.problems[0].startswith(f"{path}: ends before its header says")
+
+
+def test_a_tensor_that_no_layer_took_is_refused(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from torch import nn
+
+    from moe_models.checkpoint.on_disk import LazyFile
+    from moe_models.checkpoint.reading import refuse_unread
+    from moe_models.errors import RunError
+
+    save_file({"x": torch.randn(4, 4)}, tmp_path / "x.safetensors")
+    model = nn.Linear(4, 4, bias=False)
+    refuse_unread(model)
+    model.weight = nn.Parameter(LazyFile(tmp_path / "x.safetensors").get_tensor("x"))
+    with pytest.raises(RunError, match=r"1 tensors of the model were never read \(weight\)"):
+        refuse_unread(model)
