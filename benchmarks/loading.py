@@ -5,8 +5,8 @@
 
 A random checkpoint in bf16 is written first (kept in the folder for the next call). Then ranks read it and build the
 engine, up to where DeepSpeed would make the optimizer. Memory is anonymous memory (Pss_Anon) over the rank's own, the
-sum of the ranks' peaks, in multiples of the checkpoint. Files are evicted from the page cache before each run. The first
-reading, of a tiny model, pays for imports and process groups, and is not counted.
+sum of the ranks' peaks, in multiples of the checkpoint. Files are evicted from the page cache before each run. A first
+reading, of a tiny model, pays for imports and process groups. It is not counted.
 """
 
 from __future__ import annotations

@@ -439,6 +439,11 @@ SEAMS = (
         lost="every rank reads the whole model into host memory",
     ),
     Seam(
+        name="torch:ops.aten._to_copy",
+        ours="checkpoint/on_disk.py",
+        lost="a cast reads the whole tensor",
+    ),
+    Seam(
         name="torch._ops:OpOverload",
         ours="checkpoint/on_disk.py",
         lost="values are written into a tensor that is still on disk, and nowhere else",

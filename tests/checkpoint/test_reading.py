@@ -16,7 +16,7 @@ import pytest
 from transformers import TrainerCallback
 
 from tests.support import reading_memory
-from tests.support.cluster import Cluster, free_port
+from tests.support.cluster import ChildError, Cluster, free_port
 from tests.support.parity import daily, planted
 from tests.support.recipe import (
     ROOT,
@@ -86,9 +86,9 @@ def two_steps(arguments: list[str], ordinary: bool, plant: str = "") -> dict[str
     way: Any = nullcontext()
     if ordinary:
         way = planted(reading, "why_ordinary", lambda *_, **__: "this test")
-    elif plant == "one value later":
-        right = on_disk.Run.part
-        way = planted(on_disk.Run, "part", lambda run, start, stop: right(run, start + (stop < run.count), stop))
+    elif plant == "the first experts":
+        right = on_disk.cut
+        way = planted(on_disk, "cut", lambda runs, start, stop: right(runs, 0, stop - start))
     elif plant == "left on disk":
         way = planted(reading, "read_dense", lambda *_: None)
     with way:
@@ -154,7 +154,7 @@ def sharded(folder: Path) -> Path:
 
 MORE: dict[str, dict[str, Any]] = {
     "mixtral": {},
-    "qwen2_moe": {},
+    "qwen2_moe": {"norm_topk_prob": True},
     "qwen3_moe": {"tie_word_embeddings": True},
     "olmoe": {},
     "deepseek_v2": {},
@@ -218,10 +218,21 @@ def test_every_rank_has_what_it_has_when_it_reads_everything(
         assert old["unread"] == 0
 
 
-def test_a_rank_that_reads_one_value_too_late_is_seen(models: Any, clusters: Clusters, tmp_path: Path) -> None:
+def test_a_rank_that_reads_the_experts_of_another_is_seen(models: Any, clusters: Clusters, tmp_path: Path) -> None:
     words = flags(models, "mixtral", "zero1_ep2", {}, tmp_path)
-    wrong, right = (clusters(2).run(two_steps, words, False, plant)[0] for plant in ("one value later", ""))
-    assert any(wrong["held"][name] != right["held"][name] for name in right["held"])
+    wrong, right = (clusters(2).run(two_steps, words, False, plant) for plant in ("the first experts", ""))
+    differ = [
+        {name for name in b["held"] if a["held"][name] != b["held"][name]} for a, b in zip(wrong, right, strict=True)
+    ]
+    assert not [name for name in differ[0] if ".experts." in name]
+    assert [name for name in differ[1] if ".experts." in name]
+    assert wrong[1]["losses"] != right[1]["losses"]
+
+
+def test_what_nothing_reads_ends_the_run(models: Any, clusters: Clusters, tmp_path: Path) -> None:
+    words = flags(models, "mixtral", "zero1_ep2", {}, tmp_path)
+    with pytest.raises(ChildError, match="still on disk|never read"):
+        clusters(2).run(two_steps, words, False, "left on disk")
 
 
 # ------------------------------------------------------------------------------------------------------- host memory

@@ -69,7 +69,7 @@ class InPlaceError(Exception):
     """Raised where DeepSpeed has the whole module and would build the optimizer."""
 
 
-def build(folder: str, layout: dict[str, Any], ordinary: bool) -> dict[str, float]:
+def build(folder: str, layout: dict[str, Any], ordinary: bool, peak: Any = None) -> dict[str, float]:
     """Read the model and build its engine as the recipes do, up to the optimizer; seconds of both.
 
     ``layout`` is ``{"stage": ZeRO stage}`` with ``ep``, ``native`` or ``tensor_parallel``.
@@ -116,6 +116,7 @@ def build(folder: str, layout: dict[str, Any], ordinary: bool) -> dict[str, floa
         model = reading.read_model(folder, ds, dtype=torch.bfloat16, device="cpu")
     dist.barrier()
     read = time.perf_counter()
+    most = peak.most if peak else 0
     # 2. Build.
     restore_rotary_buffers(model)
     register_presets()
@@ -131,7 +132,7 @@ def build(folder: str, layout: dict[str, Any], ordinary: bool) -> dict[str, floa
     reading.refuse_unread(model)
     dist.barrier()
     del keeper
-    return {"read": read - began, "built": time.perf_counter() - began}
+    return {"read": read - began, "built": time.perf_counter() - began, "read_bytes": most}
 
 
 def _checked(config: dict[str, Any], moe: Any) -> Any:
@@ -151,10 +152,10 @@ def measure(small: str, folder: str, layout: dict[str, Any], ordinary: bool) -> 
     give_back()
     before = own_memory()
     with Peak() as peak:
-        seconds = build(folder, layout, ordinary)
+        found = build(folder, layout, ordinary, peak)
     gc.collect()
     give_back()
-    return {"bytes": peak.most - before, **seconds}
+    return {**found, "bytes": peak.most - before, "read_bytes": found["read_bytes"] - before}
 
 
 TENSOR_PARALLEL = json.loads(
