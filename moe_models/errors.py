@@ -128,11 +128,13 @@ def warn(lines: Iterable[str], *, rank: int = 0) -> None:
 def exit_with(error: UserError, *, rank: int = 0, code: int = EXIT_WRONG_INPUT) -> NoReturn:
     """Report the problems and exit with ``code``.
 
-    The launcher stops all ranks as soon as one has failed, so the others give rank 0 the time to report.
+    The launcher stops all ranks as soon as one has failed, so the others give rank 0 the time to report. A rank that is
+    still there after that was alone with its problem (its disk failed, say), and reports it itself.
     """
     tell(error.problems, rank=rank)
     if rank != 0:
         time.sleep(SECONDS_FOR_RANK_0)
+        tell(error.problems)
     sys.exit(code)
 
 

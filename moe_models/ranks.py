@@ -10,6 +10,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """This process among those of its machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def world_size() -> int:
     """Processes of the run; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -34,6 +34,7 @@ from trl import SFTTrainer
 from moe_models.checkpoint.export_engine import export_engine
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.checkpoint.proof import ExportProof
+from moe_models.checkpoint.reading import reading_bar, refuse_unread, report_reading
 from moe_models.checkpoint.resume import any_layout
 from moe_models.checkpoint.source import is_writer
 from moe_models.checkpoint.whole_checkpoints import WholeCheckpoints, last_checkpoint
@@ -81,6 +82,7 @@ class ExpertParallelTraining(Trainer):
         ValueError: if the model's family is unknown, or if flags of activation checkpointing, packing or attention
             cannot be honoured.
         RuntimeError: when training starts, if AutoEP did not replace exactly the model's MoE blocks.
+        RunError: when training starts, if a tensor of the model cannot be read or was never read.
         TrainingStoppedError: during training, when loss, gradient norm or weights are not finite.
         ExportError: from :meth:`save_model`, if the folder would not hold the whole model.
     """
@@ -173,8 +175,11 @@ class ExpertParallelTraining(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self.checkpoints.clear(self.args.output_dir)
-        with any_layout(self.family):
+        # Experts that are still on disk are read by the layers that take them, while the engine is built.
+        with any_layout(self.family), reading_bar(self.model, share=1 / self._asked_degrees().ep):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        refuse_unread(self.model)
+        report_reading()
         self._prepare_norm()
         self._attach_routing()
         if resume_from_checkpoint is not None:

@@ -77,8 +77,8 @@ def skip_teardown() -> None:
         os._exit(0)
 
 
-ModelMaker = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
-"""(recipe's arguments, SFTConfig, ModelConfig, training rows) -> (model, tokenizer). Raises UserError."""
+ModelMaker = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
+"""(recipe's arguments, SFTConfig, ModelConfig, training rows, DsConfig) -> (model, tokenizer). Raises UserError."""
 
 
 def main(words: list[str]) -> int:
@@ -104,7 +104,7 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
     train_rows, eval_rows = load_data(script, recipe, args)
 
     # 2. Train, and make a Hugging Face folder of the result.
-    model, tokenizer = make_model(recipe, args, model_args, train_rows)
+    model, tokenizer = make_model(recipe, args, model_args, train_rows, ds)
     trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows)
     if rank() == 0:  # a summary says that its run ended; this one has not
         (Path(args.output_dir) / SUMMARY).unlink(missing_ok=True)
@@ -152,44 +152,38 @@ def weights_dtype(args: Any) -> Any:
     return torch.float32
 
 
-def read_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder or hub id. Raises UserError if it is not whole, or does not fit the data."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def read_model(recipe: Any, args: Any, model_args: Any, train_rows: Any, ds: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder or hub id; experts that the layout spreads are still on disk.
 
-    import moe_models.prmoe  # noqa: F401 (for AutoModelForCausalLM)
+    Raises UserError if the model is not whole, or does not fit the data.
+    """
+    from transformers import AutoTokenizer
+
+    from moe_models.checkpoint import reading
     from moe_models.data import check_chat_template
 
     name = model_args.model_name_or_path
     revision = model_args.model_revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        if not args.chat_template_path:
-            check_chat_template(tokenizer, train_rows, name)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            attn_implementation=model_args.attn_implementation,
-            dtype=weights_dtype(args),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, all of them by name
-        )
-    except UserError:
-        raise
     except (OSError, ValueError, RuntimeError) as error:  # missing or damaged files, in the words of transformers
         raise UserError(f"{name}: {one_line(error)}") from error
-
-    # transformers would fill these with random numbers.
-    mismatched = [weight for weight, *_ in loading["mismatched_keys"]]
-    absent = sorted({*loading["missing_keys"], *mismatched})
-    if absent:
-        raise UserError(
-            f"{name}: {len(absent)} weights are missing or incomplete ({', '.join(absent[:4])}); give the whole model"
-        )
+    if not args.chat_template_path:
+        check_chat_template(tokenizer, train_rows, name)
+    model = reading.read_model(
+        name,
+        ds,
+        dtype=weights_dtype(args),
+        device=args.device,
+        revision=revision,
+        attn_implementation=model_args.attn_implementation,
+    )
     return model, tokenizer
 
 
 def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, train_rows: Any, eval_rows: Any) -> Any:
     """Put the trainer together. Raises UserError for a model and data that do not fit together."""
+    from moe_models.checkpoint.reading import reading_bar
     from moe_models.data import warnings_for_rows
     from moe_models.engine.native import register_deepspeed_moe
     from moe_models.families.table import FAMILIES
@@ -198,7 +192,8 @@ def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, t
     from moe_models.trainer import MoETrainer
 
     if ds.moe.layer is not None:
-        model = register_deepspeed_moe(model, ds.moe.layer, FAMILIES[model.config.model_type])
+        with reading_bar(model, share=1 / ds.moe.layer.ep_size):
+            model = register_deepspeed_moe(model, ds.moe.layer, FAMILIES[model.config.model_type])
     try:
         trainer = MoETrainer(
             model,

@@ -14,8 +14,9 @@
 Data, flags, results, exit codes and more than one machine are as in recipes/finetune.py. These defaults differ: text is
 packed to --max_length tokens, learning rate 3e-4 with cosine decay, beta2 0.95, weight decay 0.1.
 
-All ranks draw the same weights from --seed, in every layout. For that each rank has the whole model in host memory. The
-ids of special tokens come from the tokenizer.
+All layouts start from the same weights, drawn from --seed. The first rank of each machine draws them into the machine's
+temporary folder (TMPDIR; for a moment it needs twice the size of the model), and each rank reads its share from there.
+The ids of special tokens come from the tokenizer.
 """
 
 from __future__ import annotations
@@ -52,16 +53,16 @@ def read_config(name: str) -> dict[str, Any]:
     return read_json(name) if Path(name).is_file() else read_model_config(name)
 
 
-def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple[Any, Any]:
-    """(model with random weights, tokenizer).
+def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any, ds: Any) -> tuple[Any, Any]:
+    """(model with random weights, tokenizer); experts that the layout spreads are still on disk.
 
     Raises UserError if config or tokenizer cannot be read, or if they do not fit together or to the data.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     import moe_models.prmoe  # noqa: F401 (for AutoConfig)
+    from moe_models.checkpoint import drawing, reading
     from moe_models.data import check_chat_template
-    from moe_models.engine.plain_transformers import without_zero3
 
     # 1. The config, with the special tokens of the tokenizer.
     given = read_config(recipe.config_name)
@@ -86,15 +87,17 @@ def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any) -> tuple
     if not args.chat_template_path:
         check_chat_template(tokenizer, train_rows, recipe.tokenizer_name)
 
-    # 4. The weights. Under ZeRO-3 transformers would draw other numbers: the layout would change the model.
-    set_seed(args.seed)
-    with without_zero3():
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=model_args.attn_implementation, dtype=weights_dtype(args)
+    # 4. The weights: drawn once on each machine, then read like those of any model.
+    dtype = weights_dtype(args)
+    attention = model_args.attn_implementation
+    with drawing.drawn_model(config, args.seed, dtype, attention) as folder:
+        model = reading.read_model(
+            str(folder), ds, dtype=dtype, device=args.device, config=config, attn_implementation=attention
         )
-    if rank() == 0:
-        size = model.num_parameters() / 1e6
-        print(f"model: {config.model_type}, {size:,.1f} million parameters, drawn with seed {args.seed}")
+    # Nothing should name that folder, which is gone.
+    model.config.name_or_path = ""
+    model.name_or_path = ""
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     return model, tokenizer
 
 

@@ -149,10 +149,10 @@ def _native_block(block: nn.Module, config: Any, layer: MoeLayer, mine: range) -
     )
     # 3. Its experts get this rank's share of the weights.
     with torch.no_grad():
-        gate_EFD, up_EFD = split_gate_up(gate_up_E2FD)
         for expert, e in zip(moe.deepspeed_moe.experts.deepspeed_experts, mine, strict=True):
-            expert.gate_proj.weight.copy_(gate_EFD[e])
-            expert.up_proj.weight.copy_(up_EFD[e])
+            gate_FD, up_FD = split_gate_up(gate_up_E2FD[e])  # of this expert only: the others may be still on disk
+            expert.gate_proj.weight.copy_(gate_FD)
+            expert.up_proj.weight.copy_(up_FD)
             expert.down_proj.weight.copy_(down_EDF[e])
     # 4. Everything that is not spread stays the HF module: residual MLP, router, shared expert.
     if moe.use_residual:

@@ -194,6 +194,31 @@ SEAMS = (
         lost="the proof of an export loads partitions instead of a whole model",
     ),
     Seam(
+        name="transformers.modeling_utils:safe_open",
+        ours="checkpoint/reading.py",
+        lost="every rank reads the whole model into host memory",
+        called_in="transformers.modeling_utils",
+    ),
+    Seam(
+        name="transformers.modeling_utils:_load_state_dict_into_zero3_model",
+        ours="checkpoint/reading.py",
+        lost="under ZeRO-3 every rank reads the whole model into host memory",
+        parameters=("model_to_load", "state_dict", "load_config"),
+        called_in="transformers.modeling_utils",
+    ),
+    Seam(
+        name="transformers.integrations.deepspeed:_apply_weight_conversions_to_state_dict",
+        ours="checkpoint/reading.py",
+        lost="under ZeRO-3 experts that are stored one by one are not joined",
+        parameters=("model", "state_dict", "weight_mapping"),
+    ),
+    Seam(
+        name="transformers.modeling_utils:PreTrainedModel",
+        ours="checkpoint/reading.py",
+        lost="transformers draws weights anew that were read",
+        attributes=("_is_hf_initialized",),
+    ),
+    Seam(
         name="transformers.conversion_mapping:register_checkpoint_conversion_mapping",
         ours="prmoe.py",
         lost="experts of PR-MoE have other names on disk",
@@ -326,6 +351,12 @@ SEAMS = (
         lost="a resumed run executes the pickles of its checkpoint, and holds the states of all ranks in host memory",
         attributes=("checkpoint_engine",),
     ),
+    Seam(
+        name="deepspeed.runtime.zero.partition_parameters:Init",
+        ours="checkpoint/reading.py",
+        lost="under ZeRO-3 ranks read the wrong range of each tensor",
+        attributes=("ds_tensor", "ds_numel", "ds_shape", "ds_process_group"),
+    ),
     # --- DeepSpeed: groups of ranks
     Seam(
         name=f"{_GROUPS}:_get_sequence_data_parallel_group",
@@ -424,6 +455,27 @@ SEAMS = (
         lost="tokens of recomputed layers are counted twice",
     ),
     Seam(
+        name="torch._C:TensorBase._make_wrapper_subclass",
+        ours="checkpoint/on_disk.py",
+        lost="every rank reads the whole model into host memory",
+    ),
+    Seam(
+        name="torch._C:_disabled_torch_function_impl",
+        ours="checkpoint/on_disk.py",
+        lost="every rank reads the whole model into host memory",
+    ),
+    Seam(
+        name="torch:ops.aten._to_copy",
+        ours="checkpoint/on_disk.py",
+        lost="a cast reads the whole tensor",
+    ),
+    Seam(
+        name="torch._ops:OpOverload",
+        ours="checkpoint/on_disk.py",
+        lost="values are written into a tensor that is still on disk, and nowhere else",
+        attributes=("_schema",),
+    ),
+    Seam(
         name="torch:_foreach_norm",
         ours="engine/grad_norm.py",
         lost="the norm in one pass",
@@ -460,6 +512,12 @@ SEAMS = (
         ours="engine/native.py",
         lost="router logits of native layers are not recorded",
         attributes=("_forward_hooks", "_buffers"),
+    ),
+    Seam(
+        name="torch.nn:Module",
+        ours="checkpoint/reading.py",
+        lost="dense tensors stay on disk",
+        attributes=("_parameters", "_buffers"),
     ),
 )  # fmt: skip
 
