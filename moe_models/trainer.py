@@ -375,6 +375,10 @@ class ExpertParallelTraining(Trainer):
             **companions,
         )
 
+    def _load_best_model(self) -> None:
+        with any_layout(self.family):
+            super()._load_best_model()
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's names the folder it came from, which is no hub id, as ``None``, for every checkpoint."""
 

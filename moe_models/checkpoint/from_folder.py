@@ -53,7 +53,7 @@ def load_states(path: Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path}: cannot be read as plain tensors ({reason}); it is damaged, or holds objects that only code "
-            "execution could restore: resume the run and let it export, or use another checkpoint"
+            "execution could restore: use another checkpoint"
         ) from error
     if not isinstance(states, dict):
         raise UserError(f"{path}: holds a {type(states).__name__}, not the states that DeepSpeed writes")
@@ -208,6 +208,42 @@ class FolderSource:
             experts.append(_tensor_in(file, block.name_in_file(projection, expert)))
         return torch.stack(experts)
 
+    @torch.no_grad()
+    def part(self, name: str, places: range) -> torch.Tensor:
+        """The values at ``places`` of a flattened dense tensor, [N], in the dtype of the model; without TP only."""
+        stored = self._names[name]
+        kept: torch.Tensor = self._models[0]["module"][stored]
+        if self._partitions is None or not self._partitions.ranks[0].holds(stored):
+            return kept.flatten()[places.start : places.stop]
+        sharers = self._partitions.ranks[0].sharers[stored]
+        return self._partitions.part(stored, sharers, places).to(kept.dtype)
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a dense tensor; without TP only."""
+        stored = self._names[name]
+        if self._partitions is None or not self._partitions.ranks[0].holds(stored):
+            return torch.Size(self._models[0]["module"][stored].shape)
+        return torch.Size(self._partitions.ranks[0].shapes[stored])
+
+    @torch.no_grad()
+    def expert(self, path: str, projection: str, expert: int) -> torch.Tensor:
+        """One expert's [F, D] (gate, up) or [D, F] (down), in the dtype of the model."""
+        block = self.blocks.get(path)
+        if block is None:
+            name = plain_parameter(path, projection)
+            places, shape = expert_places(self.shape(name), expert, projection)
+            return self.part(name, places).view(shape)
+        if self._partitions is None:
+            return _tensor_in(self._expert_file(block, expert), block.name_in_file(projection, expert))
+        # AutoEP under ZeRO-3: the first rank with this part of the experts knows which ranks share it.
+        stored = block.parameter(projection, 0)
+        ep_rank, local = divmod(expert, block.E_local)
+        owner = next(rank for rank, model in enumerate(self._models) if _ep_rank(model, path) == ep_rank)
+        partition = self._partitions.ranks[owner]
+        matrix = torch.Size(partition.shapes[stored][1:])
+        places = range(local * matrix.numel(), (local + 1) * matrix.numel())
+        return self._partitions.part(stored, partition.sharers[stored], places).to(self.dtype).view(matrix)
+
     def _joined_experts(self, block: SavedBlock, projection: str, partitions: Partitions) -> torch.Tensor:
         """All experts of a block of AutoEP under ZeRO-3, [E, F, D] or [E, D, F], in the dtype of the model."""
         stored = block.parameter(projection, 0)
@@ -242,6 +278,21 @@ class FolderSource:
             for peer in range(len(self._models))
         ]
         return next((path for path in files if path.exists()), files[0])
+
+
+def expert_places(shape: torch.Size, expert: int, projection: str) -> tuple[range, torch.Size]:
+    """Where one expert's matrix is in Hugging Face's own flattened tensor, and its shape.
+
+    ``shape`` is [E, 2F, D] for gate and up, gate rows first, and [E, D, F] for down.
+    """
+    _, rows, columns = shape
+    first = expert * rows * columns
+    if projection != "down":
+        rows //= 2
+    numel = rows * columns
+    if projection == "up":
+        first += numel
+    return range(first, first + numel), torch.Size((rows, columns))
 
 
 def _open_whole(step: Path) -> list[dict[str, Any]]:

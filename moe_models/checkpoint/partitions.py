@@ -17,7 +17,8 @@ its shares end to end. DeepSpeed writes down the shapes only (``param_shapes``),
     rank 1: a3 a4 0  b2 b3 c2 0    the same places
 
 Either way the values of all ranks that share a parameter, in the order of ranks and without the zeros at the end, are
-the parameter. :meth:`Partitions.join` puts them together; :func:`share_of` cuts a ZeRO-3 share out of a parameter.
+the parameter. :meth:`Partitions.join` puts them together, :meth:`Partitions.part` reads some of them, and
+:func:`share_of` cuts a ZeRO-3 share out of a parameter.
 
 The experts of AutoEP and native layers are shared only by the ranks that hold the same experts.
 Source: deepspeed 0.19.8, ``runtime/zero/stage_1_and_2.py`` (``_create_param_mapping``) and ``runtime/zero/stage3.py``
@@ -108,17 +109,35 @@ class Partitions:
 
         Raises UserError if values are missing.
         """
-        # 1. The values of all ranks that have some, in the order of ranks.
-        parts = [self.values(rank, name, key) for rank in sharers if self.ranks[rank].holds(name)]
         shape = torch.Size(self.ranks[sharers[0]].shapes[name])
+        return self.part(name, sharers, range(shape.numel()), key).view(shape)
+
+    def part(self, name: str, sharers: Sequence[int], places: range, key: str = MASTER_WEIGHT) -> torch.Tensor:
+        """The values at ``places`` of the flattened parameter, [N]; nothing else is read.
+
+        Raises UserError if any values of the parameter are missing.
+        """
+        # 1. The values of all ranks that have some, in the order of ranks. They are views: nothing is read yet.
+        parts = [self.values(rank, name, key) for rank in sharers if self.ranks[rank].holds(name)]
+        numel = torch.Size(self.ranks[sharers[0]].shapes[name]).numel()
         found = sum(part.numel() for part in parts)
-        if not parts or found < shape.numel():
+        if not parts or found < numel:
             raise UserError(
-                f"{self.folder}: {name} has {found} of {shape.numel()} values of {key}; the checkpoint is incomplete, "
+                f"{self.folder}: {name} has {found} of {numel} values of {key}; the checkpoint is incomplete, "
                 "or its optimizer states were offloaded to NVMe"
             )
-        # 2. Without the zeros that fill up the last share under ZeRO-3.
-        return torch.cat(parts)[: shape.numel()].view(shape)
+        # 2. What of each part is asked for. The zeros that fill up the last share under ZeRO-3 never are.
+        wanted = []
+        first = 0
+        for part in parts:
+            start = max(places.start - first, 0)
+            stop = min(places.stop - first, part.numel())
+            if start < stop:
+                wanted.append(part[start:stop])
+            first += part.numel()
+        if not wanted:
+            return parts[0].new_empty(0)
+        return torch.cat(wanted)
 
 
 def zero12_partition(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> Partition:

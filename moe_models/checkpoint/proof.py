@@ -19,6 +19,7 @@ import torch
 
 from moe_models.checkpoint.hf_folder import ExportError
 from moe_models.checkpoint.source import fingerprint
+from moe_models.checkpoint.unread import OnePartAtATime, unread_tensors
 from moe_models.engine.blocks import split_gate_up
 from moe_models.engine.plain_transformers import as_shipped, without_zero3
 from moe_models.errors import some_of
@@ -70,6 +71,10 @@ def prove_folder(
 ) -> ExportProof:
     """Load ``folder`` with ``AutoModelForCausalLM.from_pretrained`` and compare it with the engine.
 
+    One decoder layer is in memory at a time: it is read when it is about to compute, its checksums are taken from the
+    very values that compute, and it is dropped (:mod:`moe_models.checkpoint.unread`). On the CPU, in the dtype of the
+    folder.
+
     Args:
         folder: the Hugging Face folder.
         ids_BT: the probe of :func:`record_logits`.
@@ -83,19 +88,28 @@ def prove_folder(
     from transformers import AutoModelForCausalLM
 
     # 1. Every key of the model is in the folder, and nothing else.
-    with without_zero3():  # the whole model, in one process
+    with without_zero3(), unread_tensors():  # the whole model, in one process
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
     missing = sorted(info["missing_keys"])
     unexpected = sorted(info["unexpected_keys"])
     if missing or unexpected or info["mismatched_keys"]:
         raise ExportError(f"{folder}: reloading finds missing {missing[:4]} and unexpected {unexpected[:4]} keys")
-    # 2. Every tensor holds the engine's bits.
-    reloaded = dict(model_fingerprints(model))
+    # 2. The model answers the probe, and every tensor that it uses leaves its fingerprint.
+    tied = tied_in(model)
+    reloaded: dict[str, int] = {}
+
+    def take(name: str, values: torch.Tensor) -> None:
+        if name not in tied:
+            reloaded.update(tensor_fingerprints(name, values))
+
+    parts = OnePartAtATime(model, take)
+    reloaded_BTV = model.eval()(input_ids=ids_BT, use_cache=False).logits.float()
+    parts.read_the_rest()
+    # 3. Every tensor holds the engine's bits.
     differing = [name for name in {**fingerprints, **reloaded} if fingerprints.get(name) != reloaded.get(name)]
     if differing:
         raise ExportError(f"{folder}: the reloaded model holds other bits than the trained one in {some_of(differing)}")
-    # 3. The model answers the probe as the engine did.
-    reloaded_BTV = model.eval()(input_ids=ids_BT, use_cache=False).logits.float()
+    # 4. The answer is the engine's.
     largest = logits_BTV.abs().max().clamp_min(1e-12)
     difference_BT = (reloaded_BTV - logits_BTV).abs().amax(-1) / largest
     same_BT = reloaded_BTV.argmax(-1) == logits_BTV.argmax(-1)
@@ -122,18 +136,27 @@ def prove_folder(
 
 def model_fingerprints(model: Any) -> Iterator[tuple[str, int]]:
     """Fingerprint of every tensor of an HF model, experts one by one, under the names that ``EngineSource`` gives."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = tied_in(model)
     for name, tensor in model.state_dict().items():
-        experts, _, _ = name.rpartition(".")
-        if name in tied:
-            continue
-        if name.endswith(".experts.gate_up_proj"):
-            gate_EFD, up_EFD = split_gate_up(tensor)
-            for e, (gate_FD, up_FD) in enumerate(zip(gate_EFD, up_EFD, strict=True)):
-                yield f"{experts}.{e}.gate", fingerprint(gate_FD)
-                yield f"{experts}.{e}.up", fingerprint(up_FD)
-        elif name.endswith(".experts.down_proj"):
-            for e, down_DF in enumerate(tensor):
-                yield f"{experts}.{e}.down", fingerprint(down_DF)
-        else:
-            yield name, fingerprint(tensor)
+        if name not in tied:
+            yield from tensor_fingerprints(name, tensor)
+
+
+def tied_in(model: Any) -> set[str]:
+    """Names of the tensors that are the same as another one."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def tensor_fingerprints(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, int]]:
+    """The fingerprint of one tensor; of each expert's gate, up and down where it holds those of a block."""
+    experts, _, _ = name.rpartition(".")
+    if name.endswith(".experts.gate_up_proj"):
+        gate_EFD, up_EFD = split_gate_up(tensor)
+        for e, (gate_FD, up_FD) in enumerate(zip(gate_EFD, up_EFD, strict=True)):
+            yield f"{experts}.{e}.gate", fingerprint(gate_FD)
+            yield f"{experts}.{e}.up", fingerprint(up_FD)
+    elif name.endswith(".experts.down_proj"):
+        for e, down_DF in enumerate(tensor):
+            yield f"{experts}.{e}.down", fingerprint(down_DF)
+    else:
+        yield name, fingerprint(tensor)

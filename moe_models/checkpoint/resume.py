@@ -1,8 +1,9 @@
 """Going on from a checkpoint of another layout: ranks, ZeRO stage, EP or TP size, AutoEP, native or plain blocks.
 
 DeepSpeed's way is to convert the checkpoint (``ds_to_universal``); its ZeRO-3 loader then cannot read what ZeRO 1 or 2
-wrote. Here nothing is converted and nothing written. Every rank reads the tensors that it needs, whole, one after the
-other (:mod:`moe_models.checkpoint.saved_states`), and keeps the share that the new layout gives it. Master weights and
+wrote. Here nothing is converted and nothing written. Every rank reads the tensors that it needs one after the other
+(:mod:`moe_models.checkpoint.saved_states`) and keeps the share that the new layout gives it. Under ZeRO-3 it reads that
+share only. Master weights and
 Adam's moments arrive bit by bit; learning-rate schedule and counters go on. Random numbers are per rank: ranks that the
 old run did not have start theirs anew.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
+from moe_models.checkpoint.from_folder import FolderSource, find_step_folder, load_states
 from moe_models.checkpoint.partitions import MASTER_WEIGHT, share_of
 from moe_models.checkpoint.saved_states import KEYS, WEIGHT, SavedStates
 from moe_models.checkpoint.source import is_writer
-from moe_models.checkpoint.tp_shards import own_shard
+from moe_models.checkpoint.tp_shards import own_shard, split_dimension
 from moe_models.engine.blocks import ExpertParameter, find_blocks, whole_shape
-from moe_models.errors import UserError
+from moe_models.engine.plain_checkpoints import reads_with
+from moe_models.errors import Problems, UserError
 from moe_models.families.table import Family
 from moe_models.files import read_json
 
@@ -60,15 +64,21 @@ def describe_engine(engine: Any) -> dict[str, Any]:
 
 @contextmanager
 def any_layout(family: Family) -> Iterator[None]:
-    """In here, HF's Trainer resumes from a checkpoint of any layout; DeepSpeed reads those of its own."""
+    """In here, HF's Trainer resumes from a checkpoint of any layout; DeepSpeed reads those of its own.
+
+    Every file is read as plain tensors, mapped from the disk. Raises UserError, the same on every rank and before a
+    weight is read, if one of them is missing, damaged, or would execute code.
+    """
     from transformers import trainer
 
     load_own = trainer.deepspeed_load_checkpoint
 
     def load(engine: Any, checkpoint: str, **options: Any) -> None:
         saved = saved_layout(checkpoint)
+        require_readable(Path(checkpoint), family, saved)
         if saved is None or saved == describe_engine(engine):
-            load_own(engine, checkpoint, **options)
+            with reads_with(engine, load_states):
+                load_own(engine, checkpoint, **options)
             return
         if is_writer():
             logger.warning("resume: %s was written by another layout (%s); it is read into this one", checkpoint, saved)
@@ -83,6 +93,60 @@ def any_layout(family: Family) -> Iterator[None]:
         trainer.deepspeed_load_checkpoint = load_own
 
 
+def require_readable(checkpoint: Path, family: Family, saved: dict[str, Any] | None) -> None:
+    """Raise UserError on every rank if a file of the checkpoint is missing, damaged or would execute code; collective.
+
+    Args:
+        checkpoint: the ``checkpoint-N`` folder.
+        family: the model's row.
+        saved: the layout that wrote it, if the folder says it.
+    """
+    problems = Problems()
+    rank = 0
+    ranks = 1
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        ranks = dist.get_world_size()
+    # 1. Each rank opens some of the files. Tensors are mapped, so this reads what describes them only.
+    with problems.note():
+        files = sorted(find_step_folder(checkpoint).glob("*.pt"))
+        for file in files[rank::ranks]:
+            with problems.note():
+                load_states(file)
+    # 2. What is not there, nothing can open.
+    if is_writer() and not problems.lines:
+        with problems.note():
+            _require_all_files(checkpoint, family, saved)
+    # 3. One rank's finding ends all of them.
+    if ranks > 1:
+        found: list[list[str]] = [[] for _ in range(ranks)]
+        dist.all_gather_object(found, problems.lines)
+        told = [line for lines in found for line in lines]
+        problems = Problems(dict.fromkeys(told))
+    problems.refuse()
+
+
+def _require_all_files(checkpoint: Path, family: Family, saved: dict[str, Any] | None) -> None:
+    """Raise UserError if a rank's file is missing, or that of an expert."""
+    if saved is None:
+        return
+    step = find_step_folder(checkpoint)
+    kinds = []
+    if saved["zero_stage"] < 3:
+        FolderSource(checkpoint, family)
+    else:
+        kinds.append("model")
+    if saved["zero_stage"] > 0:
+        kinds.append("optim")
+    for kind in kinds:
+        found = len(list(step.glob(f"*zero_pp_rank_*_{kind}_states.pt")))
+        if found != saved["world_size"]:
+            raise UserError(
+                f"{step}: {found} of {saved['world_size']} files *_{kind}_states.pt are there; the checkpoint is "
+                "incomplete, use an earlier one"
+            )
+
+
 @torch.no_grad()
 def load_other_layout(engine: Any, checkpoint: Path, family: Family) -> None:
     """Load ``checkpoint`` (a ``checkpoint-N`` folder) into an engine of another layout; every rank calls it.
@@ -94,17 +158,22 @@ def load_other_layout(engine: Any, checkpoint: Path, family: Family) -> None:
     states = SavedStates(checkpoint, family)
     shares = _shares_of(engine)
     reader = _Reader(engine.module, family, states)
-    # 1. Weights and moments: read one tensor whole, keep this rank's share of it.
+    # 1. Weights and moments: read what this rank keeps, one tensor after the other.
     for name, parameter in engine.module.named_parameters():
         keys: tuple[str, ...] = (WEIGHT,)
         if parameter.requires_grad:
             keys = KEYS
+        places = shares.places(parameter)
+        if states.tp_size > 1 or split_dimension(parameter) is not None:
+            places = None
         for key in keys:
-            value = own_shard(reader.whole(name, key), parameter)
-            if value.shape != whole_shape(parameter):
-                raise UserError(
-                    f"{checkpoint}: {name} has shape {list(value.shape)}, here {list(whole_shape(parameter))}"
-                )
+            if places is not None:
+                value, shape = reader.part(name, key, places, whole_shape(parameter))
+            else:
+                value = own_shard(reader.whole(name, key), parameter)
+                shape = value.shape
+            if shape != whole_shape(parameter):
+                raise UserError(f"{checkpoint}: {name} has shape {list(shape)}, here {list(whole_shape(parameter))}")
             if key in (MASTER_WEIGHT, WEIGHT):
                 shares.set_weight(parameter, value)
             if key != WEIGHT:
@@ -138,7 +207,31 @@ class _Reader:
         if name not in self._experts:
             return self._states.dense(self._family.autoep_to_module(name), key)
         path, parameter = self._experts[name]
+        return self._built(path, parameter, key)
 
+    def part(self, name: str, key: str, places: range, here: torch.Size) -> tuple[torch.Tensor, torch.Size]:
+        """The values at ``places`` of the flattened parameter, [N], and the shape that it has in the checkpoint.
+
+        ``here`` is its shape in the engine. Of experts those are read that have values at ``places``.
+        """
+        if name not in self._experts:
+            module_name = self._family.autoep_to_module(name)
+            return self._states.part(module_name, key, places), self._states.shape(module_name, key)
+        path, parameter = self._experts[name]
+        # 1. Which of the parameter's experts have values there.
+        each = here[1:].numel()
+        first = places.start // each
+        last = -(-places.stop // each)
+        if not places:
+            return torch.empty(0), here
+        # 2. These experts, and what of them is asked for.
+        some = replace(parameter, experts=parameter.experts[first:last])
+        built = self._built(path, some, key)
+        shape = torch.Size((here[0], *built.shape[1:]))
+        start = places.start - first * each
+        return built.flatten()[start : start + len(places)], shape
+
+    def _built(self, path: str, parameter: ExpertParameter, key: str) -> torch.Tensor:
         def read(projection: str, expert: int) -> torch.Tensor:
             return self._states.expert(path, projection, expert, key)
 
@@ -200,6 +293,10 @@ class _PartitionedGroups:
         # DeepSpeed links the parameters to the states that the step has just made.
         optimizer._lazy_init_hp_params_optimizer_state()
 
+    def places(self, parameter: Any) -> range | None:
+        """Which values of the flattened parameter this rank needs: all, so that it is read in its shape."""
+        return None
+
     def set_state(self, parameter: Any, key: str, value: torch.Tensor) -> None:
         parameter.set_full_hp_param(value, _optimizer_key(key))
 
@@ -217,6 +314,14 @@ class _PartitionedParameters:
             for sub_group in range(len(flats)):
                 optimizer._optimizer_step(sub_group)
 
+    def places(self, parameter: Any) -> range | None:
+        """Which values of the flattened parameter this rank needs; None: all, so that it is read in its shape."""
+        if _stays_whole(parameter):
+            return None
+        size = parameter.ds_tensor.numel()
+        start = min(size * self._optimizer._get_param_partition_rank(parameter), parameter.ds_numel)
+        return range(start, min(start + size, parameter.ds_numel))
+
     def set_state(self, parameter: Any, key: str, value: torch.Tensor) -> None:
         share, _ = self._optimizer._get_fp32_opt_state_partition(
             parameter, release_swap_buffers=False, optim_state_key=_optimizer_key(key)
@@ -225,11 +330,19 @@ class _PartitionedParameters:
 
     def set_weight(self, parameter: Any, value: torch.Tensor) -> None:
         parameter.ds_tensor.copy_(self._share(parameter, value, parameter.ds_tensor.numel()))
-        if parameter.data.numel() == value.numel():  # small ones stay whole between steps
+        if _stays_whole(parameter):
             parameter.data.copy_(value)
 
     def _share(self, parameter: Any, value: torch.Tensor, size: int) -> torch.Tensor:
-        return share_of(value, self._optimizer._get_param_partition_rank(parameter), size)
+        """``value`` is the whole parameter, or what is at :meth:`places` of it."""
+        if value.shape == whole_shape(parameter):
+            return share_of(value, self._optimizer._get_param_partition_rank(parameter), size)
+        return share_of(value, 0, size)
+
+
+def _stays_whole(parameter: Any) -> bool:
+    """Whether ZeRO-3 keeps the parameter whole between steps, beside its shares: small ones."""
+    return bool(parameter.data.numel() == parameter.ds_numel)
 
 
 def _optimizer_key(key: str) -> str | None:

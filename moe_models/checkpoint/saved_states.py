@@ -2,8 +2,8 @@
 
 A checkpoint keeps three fp32 numbers for each weight: the master weight and Adam's two moments, cut into partitions
 (:mod:`moe_models.checkpoint.partitions`). :class:`SavedStates` puts the partitions of one parameter together when asked
-for it. Nothing is converted or written; files are memory-mapped and read as plain tensors
-(:func:`moe_models.checkpoint.from_folder.load_states`).
+for it, or reads a part of it out of the partitions that hold it. Nothing is converted or written; files are
+memory-mapped and read as plain tensors (:func:`moe_models.checkpoint.from_folder.load_states`).
 
 Ranks are numbered as they were started: rank r is tensor-parallel peer ``r % tp_size`` of data-parallel rank
 ``r // tp_size``.
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moe_models.checkpoint.from_folder import FolderSource, find_step_folder, load_states
+from moe_models.checkpoint.from_folder import FolderSource, expert_places, find_step_folder, load_states
 from moe_models.checkpoint.partitions import (
     MASTER_WEIGHT,
     Partition,
@@ -28,7 +28,7 @@ from moe_models.checkpoint.partitions import (
 )
 from moe_models.checkpoint.tp_shards import join_saved
 from moe_models.config.layout import Layout
-from moe_models.engine.blocks import plain_parameter, take_projection
+from moe_models.engine.blocks import plain_parameter
 from moe_models.errors import UserError
 from moe_models.families.table import Family
 
@@ -67,7 +67,6 @@ class SavedStates:
         first = self._partitions.ranks[0]
         trained = [name for name in first.shapes if name not in first.frozen]
         self._names = {family.autoep_to_module(name): name for name in trained}
-        self._last: tuple[tuple[str, int, str], torch.Tensor] | None = None
 
     @property
     def optimizer_step(self) -> int:
@@ -90,19 +89,35 @@ class SavedStates:
         ``block`` is the module path; ``expert`` counts from 0 to E - 1.
         """
         if key == WEIGHT:
-            return self._weights.experts(block, projection)[expert]
+            return self._weights.expert(block, projection, expert)
         saved = self._blocks.get(block)
         if saved is None:  # Hugging Face's own: all experts in one tensor
-            stored = self._stored(plain_parameter(block, projection))
-            fused = self._cached(stored, 0, self._replicas_of(stored, 0), key)
-            return take_projection(fused[expert], projection)
+            name = plain_parameter(block, projection)
+            places, shape = expert_places(self.shape(name, key), expert, projection)
+            return self.part(name, key, places).view(shape)
         # Experts are dealt in equal runs to neighbouring ranks, so the EP rank is the rank in the first EP group.
         ep_rank, local = divmod(expert, saved.E_local)
         stored = self._stored(saved.parameter(projection, local))
-        held = self._cached(stored, ep_rank, self._holders_of(stored, ep_rank, saved.ep_size), key)
+        holders = self._holders_of(stored, ep_rank, saved.ep_size)
+        shape = torch.Size(self._partitions.ranks[ep_rank].shapes[stored])
         if saved.kind == "native":  # a tensor for each expert
-            return held
-        return held[local]
+            return self._partitions.join(stored, holders, key)
+        matrix = shape[1:]
+        places = range(local * matrix.numel(), (local + 1) * matrix.numel())
+        return self._partitions.part(stored, holders, places, key).view(matrix)
+
+    def part(self, name: str, key: str, places: range) -> torch.Tensor:
+        """The values at ``places`` of a flattened dense tensor, [N]. Not of a checkpoint with tensor parallelism."""
+        if key == WEIGHT:
+            return self._weights.part(name, places)
+        stored = self._stored(name)
+        return self._partitions.part(stored, self._replicas_of(stored, 0), places, key)
+
+    def shape(self, name: str, key: str) -> torch.Size:
+        """The shape of a dense tensor. Not of a checkpoint with tensor parallelism."""
+        if key == WEIGHT:
+            return self._weights.shape(name)
+        return torch.Size(self._partitions.ranks[0].shapes[self._stored(name)])
 
     def _stored(self, name: str) -> str:
         if name not in self._names:
@@ -123,14 +138,6 @@ class SavedStates:
             return known[stored]
         groups = Layout(self.world_size, ep_size).edp_groups()
         return next(group for group in groups if ep_rank in group)
-
-    def _cached(self, stored: str, rank: int, sharers: Sequence[int], key: str) -> torch.Tensor:
-        """The joined tensor, kept until another one is asked for: experts are asked for one after the other."""
-        what = (stored, rank, key)
-        if self._last is None or self._last[0] != what:
-            self._last = None  # before the next one is read
-            self._last = (what, self._partitions.join(stored, sharers, key))
-        return self._last[1]
 
 
 def _load_models(step: Path) -> list[dict[str, Any]]:

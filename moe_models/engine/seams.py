@@ -152,6 +152,12 @@ SEAMS = (
         parameters=("output_dir", "_internal_call"),
         called_in=_TRAINER,
     ),
+    Seam(
+        name=f"{_TRAINER}:Trainer._load_best_model",
+        ours="trainer.py",
+        lost="--load_best_model_at_end reads a checkpoint with pickles that may run code",
+        called_in=_TRAINER,
+    ),
     # --- transformers: names that are replaced or read
     Seam(
         name=f"{_TRAINER}:deepspeed_load_checkpoint",
@@ -169,6 +175,12 @@ SEAMS = (
         name="transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS",
         ours="engine/ulysses.py",
         lost="attention sees this rank's part of a sequence only",
+    ),
+    Seam(
+        name="transformers.modeling_utils:safe_open",
+        ours="checkpoint/unread.py",
+        lost="the proof of an export holds the whole model in host memory",
+        called_in="transformers.modeling_utils",
     ),
     Seam(
         name="transformers.modeling_utils:PreTrainedModel",
@@ -300,6 +312,20 @@ SEAMS = (
         lost="a checkpoint of another layout cannot be resumed under ZeRO-3",
         attributes=("fp32_partitioned_groups_flat", "swap_optimizer"),
     ),
+    # --- DeepSpeed: reading checkpoints
+    Seam(
+        name="deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine.load",
+        ours="engine/plain_checkpoints.py",
+        lost="a resumed run executes the pickles of its checkpoint, and holds the states of all ranks in host memory",
+        parameters=("path", "map_location"),
+        called_in="deepspeed.runtime.engine",
+    ),
+    Seam(
+        name="deepspeed.runtime.engine:DeepSpeedEngine",
+        ours="engine/plain_checkpoints.py",
+        lost="a resumed run executes the pickles of its checkpoint, and holds the states of all ranks in host memory",
+        attributes=("checkpoint_engine",),
+    ),
     # --- DeepSpeed: groups of ranks
     Seam(
         name=f"{_GROUPS}:_get_sequence_data_parallel_group",
@@ -401,6 +427,33 @@ SEAMS = (
         name="torch:_foreach_norm",
         ours="engine/grad_norm.py",
         lost="the norm in one pass",
+    ),
+    Seam(
+        name="torch:_C.TensorBase._make_wrapper_subclass",
+        ours="checkpoint/unread.py",
+        lost="the proof of an export",
+    ),
+    Seam(
+        name="torch:_C._disabled_torch_function_impl",
+        ours="checkpoint/unread.py",
+        lost="the proof of an export",
+    ),
+    Seam(
+        name="torch._ops:OpOverload",
+        ours="checkpoint/unread.py",
+        lost="the proof of an export sees values that were changed while they were loaded",
+        attributes=("_schema",),
+    ),
+    Seam(
+        name="torch.utils:_pytree.tree_map_only",
+        ours="checkpoint/unread.py",
+        lost="the proof of an export",
+    ),
+    Seam(
+        name="torch.nn:Module",
+        ours="checkpoint/unread.py",
+        lost="the proof of an export holds the whole model in host memory",
+        attributes=("_parameters", "_buffers"),
     ),
     Seam(
         name="torch.nn:Module",

@@ -252,7 +252,7 @@ def _latent_attention(family: Family, config: Mapping[str, Any]) -> Iterator[tup
 
 
 def _has_bias(family: Family, config: Mapping[str, Any]) -> bool:
-    """Whether the projections of attention have biases; the last one has another rule."""
+    """Whether the projections of attention have biases; ``output_bias`` decides about the last one."""
     attention = family.attention
     if attention.bias_key is None:
         return False

@@ -105,12 +105,16 @@ def saved_by_layer(case: Case) -> Saved:
     # 3. The backward pass on top of that. Combine needs fp32 products of rows and scores, and their gradients. That of
     #    the layer before comes when this layer's saved tensors are gone, if they are not recomputed. The experts need
     #    the gradients of their input and of two inner matrices.
-    combine = 5 * row if case.spread else 3 * row
-    freed = 0 if case.work.recompute else dense + dispatch + experts
+    combine = (5 if case.spread else 3) * row
+    freed = dense + dispatch + experts
+    if case.work.recompute:
+        freed = 0
     transient = max(combine - freed, row + 2 * inner)
 
     # 4. What a rank with fuller experts has more of.
-    rows = int(with_experts * (row + inside * inner)) if case.spread else 0
+    rows = 0
+    if case.spread:
+        rows = int(with_experts * (row + inside * inner))
     return Saved(dense=dense, dispatch=dispatch, experts=experts, transient=transient, rows=rows)
 
 
@@ -183,12 +187,15 @@ def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
 
     # 1. What is there all the time: weights, optimizer states, one or two reduce buckets.
     weights = _weights(case)
-    optimizer = 0 if "optimizer" in ds.offloaded else states.partition * ADAM
+    optimizer = 0
+    optimizer_at_step = 0
+    if "optimizer" not in ds.offloaded:
+        optimizer = states.partition * ADAM
+        optimizer_at_step = optimizer + states.step_temporary_bytes
     bucket = case.zero_number("reduce_bucket_size", default=500_000_000, auto=sizes.hidden**2) * BF16
-    buckets = 0
-    if stage > 0:
-        overlaps = ds.zero("overlap_comm", stage == 3)
-        buckets = 2 * bucket if overlaps else bucket
+    buckets = bucket if stage > 0 else 0
+    if ds.zero("overlap_comm", stage == 3):
+        buckets *= 2
     bucket_at_rest = bucket if stage == 3 else 0  # ZeRO 1 and 2 free theirs after the backward pass
 
     # 2. Gradients. In the backward pass those of one MoE layer, which ZeRO 1 and 2 move to their place one by one and
@@ -203,16 +210,16 @@ def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
     # 3. Saved tensors. Checkpointing keeps the input of each layer, and all of the one layer that is recomputed.
     hidden_states = case.tokens * sizes.hidden * BF16
     saved = saved_by_layer(case)
-    inputs = hidden_states * sizes.layers if work.recompute else 0
     whole_layers = 1 if work.recompute else sizes.layers
     dispatch = whole_layers * saved.dispatch
-    activations = whole_layers * saved.dense + inputs + whole_layers * saved.experts
-    if work.recompute:  # no layer is recomputed yet
-        activations_at_loss = inputs
+    activations = whole_layers * (saved.dense + saved.experts)
+    dispatch_at_loss = dispatch
+    activations_at_loss = activations
+    if work.recompute:
+        inputs = sizes.layers * hidden_states
+        activations += inputs
+        activations_at_loss = inputs  # no layer is recomputed yet
         dispatch_at_loss = 0
-    else:
-        activations_at_loss = activations
-        dispatch_at_loss = dispatch
 
     # 4. The final norm with its output, and the logits.
     norm = 1 if case.liger else 3
@@ -248,7 +255,7 @@ def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
         moment="step",
         parameters=weights,
         gradients=gradients.step,
-        optimizer=optimizer + (0 if "optimizer" in ds.offloaded else states.step_temporary_bytes),
+        optimizer=optimizer_at_step,
         activations=0,
         dispatch=0,
         buffers=bucket_at_rest,
@@ -278,8 +285,10 @@ def _weights(case: Case) -> int:
     states = case.states
     if states.stage < 3:
         return states.elements * BF16
-    own = 0 if "weights" in case.ds.offloaded else states.partition * BF16
-    return own + _gathered(case) * BF16
+    elements = _gathered(case)
+    if "weights" not in case.ds.offloaded:
+        elements += states.partition
+    return elements * BF16
 
 
 def _gathered(case: Case) -> int:
@@ -290,10 +299,10 @@ def _gathered(case: Case) -> int:
 
     # 1. What can be gathered at all, and the part of it in one layer. Experts that one rank holds alone are not.
     dense = sum(states.dense_tensors)
-    alone = states.spread and states.copies == 1
-    experts = 0 if alone else sum(states.expert_tensors)
-    experts_of_a_layer = 0 if alone else sum(states.expert_tensors) // max(1, sizes.moe_layers)
-    layer = experts_of_a_layer + dense // max(1, sizes.layers)
+    experts = sum(states.expert_tensors)
+    if states.spread and states.copies == 1:
+        experts = 0
+    layer = experts // max(1, sizes.moe_layers) + dense // max(1, sizes.layers)
 
     # 2. The layer at work, what is used again soon enough to stay (or the head), and what is fetched ahead.
     reused = case.zero_number("stage3_max_reuse_distance", default=10**9, auto=10**9) // 2
@@ -314,11 +323,15 @@ def _gradients(case: Case) -> Gradients:
 
     # ZeRO-3: one partition, allocated for good.
     if states.stage == 3:
-        held = 0 if offload else states.partition * BF16
+        if offload:
+            return Gradients(0, 0, 0)
+        held = states.partition * BF16
         return Gradients(held, held, held)
 
     # ZeRO 0 and 1 add whole gradients up until the last micro-batch of a step.
-    accumulated = states.elements * BF16 if states.stage < 2 and several else 0
+    accumulated = 0
+    if states.stage < 2 and several:
+        accumulated = states.elements * BF16
 
     # Offloading moves each gradient to the host as soon as it is reduced, so that one is on its way.
     if offload:
@@ -326,7 +339,8 @@ def _gradients(case: Case) -> Gradients:
         return Gradients(accumulated, accumulated + largest, largest)
 
     # ZeRO 1 and 2 then keep every gradient that reaches into the rank's partition; ZeRO-2 from the first micro-batch.
-    held = (states.whole_gradients if states.stage > 0 else states.elements) * BF16
+    elements = states.whole_gradients if states.stage > 0 else states.elements
+    held = elements * BF16
     before = held if states.stage == 2 and several else accumulated
     return Gradients(before, before + held, held)
 

@@ -50,8 +50,10 @@ def state_bytes(ds: DsConfig, sizes: ModelSizes, layout: Layout, element_bytes: 
     kinds = (("weights", element_bytes, 3), ("gradients", element_bytes, 2), ("optimizer", adam, 1))
     held: dict[str, int] = {}
     for name, bytes_each, first_stage in kinds:
-        sharded = ds.zero_stage >= first_stage
-        dense = share.dense * bytes_each // (layout.zero_size if sharded else 1)
-        experts = share.expert * bytes_each // (layout.edp_size if sharded else 1)
+        dense = share.dense * bytes_each
+        experts = share.expert * bytes_each
+        if ds.zero_stage >= first_stage:
+            dense //= layout.zero_size
+            experts //= layout.edp_size
         held[name] = dense + experts
     return held

@@ -96,8 +96,10 @@ def step_time(case: Case, device: Device) -> StepTime:
     exposed = 0.0
     for flow in traffic(case):
         seconds = _seconds(flow, case, device)
-        if flow.collective == "all-to-all":
-            exchanged += seconds * (case.fullest_rank if flow.group == "EP" else 1.0)
+        if flow.group == "EP":
+            exchanged += seconds * case.fullest_rank
+        elif flow.collective == "all-to-all":
+            exchanged += seconds
         elif flow.overlaps:
             beside += seconds
         else:

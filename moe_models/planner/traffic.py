@@ -49,7 +49,8 @@ class Flow:
     def sent(self) -> int:
         """Bytes that a rank puts on the wire."""
         once = self.payload * (self.size - 1) // self.size
-        return 2 * once if self.collective == "all-reduce" else once
+        times = 2 if self.collective == "all-reduce" else 1
+        return times * once
 
 
 def spans_nodes(groups: Groups, gpus_per_node: int | None) -> bool:

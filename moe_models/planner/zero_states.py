@@ -135,7 +135,9 @@ class ZeroStates:
     @cached_property
     def dense_tensors(self) -> tuple[int, ...]:
         """Elements of each tensor outside the experts, all shrunk alike where tensor parallelism cuts the matrices."""
-        dense = self.share.dense if self.spread else self.share.dense - self.sizes.expert_params
+        dense = self.share.dense
+        if not self.spread:
+            dense -= self.sizes.expert_params
         scale = dense / max(1, self.sizes.dense_params)
         return tuple(max(1, int(prod(shape) * scale)) for _, shape in self.sizes.dense)
 

@@ -93,6 +93,17 @@ def test_whole_again(stage: Any, name: str) -> None:
     assert torch.equal(both.join(name, (0, 1), "exp_avg"), WHOLE[name] + 100)
 
 
+@pytest.mark.parametrize("stage", [two_ranks_of_zero_1, two_ranks_of_zero_3])
+@pytest.mark.parametrize("name", SHAPES)
+def test_any_part(stage: Any, name: str) -> None:
+    """Every range of a parameter, the empty ones too, within a rank's share and across them."""
+    both = stage()
+    flat_whole = WHOLE[name].flatten()
+    for start in range(len(flat_whole) + 1):
+        for stop in range(start, len(flat_whole) + 1):
+            assert both.part(name, (0, 1), range(start, stop)).tolist() == flat_whole[start:stop].tolist()
+
+
 def test_places_of_zero_3() -> None:
     assert counted_pieces([SHAPES], [2]) == {"a": Piece(0, 0, 3), "b": Piece(0, 3, 2), "c": Piece(0, 5, 2)}
     # Each group starts at 0, and may be shared by another number of ranks: two experts' groups of one rank each.

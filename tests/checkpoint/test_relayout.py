@@ -44,7 +44,10 @@ def layout(stage: int, experts: str, ep_size: int = 1, tp_size: int = 1) -> dict
         return tp_config(stage, ep_size)
     if experts == "native":
         return parity.ds_config(stage, None, moe={"layer": {"ep_size": ep_size}})
-    return parity.ds_config(stage, ep_size if experts == "autoep" else None)
+    config = parity.ds_config(stage, ep_size if experts == "autoep" else None)
+    if stage == 3:  # norms stay whole between steps, all else is cut into shares
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    return config
 
 
 # Where the first half runs, and where the second
@@ -147,11 +150,15 @@ def test_goes_on_as_if_never_stopped(
     assert largest_difference(resumed["folder"], expected["folder"]) < 1e-4 * 1e-3 * 3  # of three steps' farthest move
 
 
-def test_loading_changes_no_bit(straight: Any, clusters: Clusters, model: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "where", [(4, 3, "autoep", 4), pytest.param((4, 3, "plain", 1), marks=pytest.mark.conformance)]
+)
+def test_loading_changes_no_bit(
+    where: Where, straight: Any, clusters: Clusters, model: Path, data: Path, tmp_path: Path
+) -> None:
     """Nothing is left to train: what the second layout exports are the first one's weights."""
     folder, _ = straight(MOVES[0][0])
     shutil.copytree(folder / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
-    where = (4, 3, "autoep", 4)
     loaded = train(clusters(4), model, data, tmp_path / "out", where, resume_from_checkpoint="true", max_steps=3)
     run = runpy.run_path(str(ROOT / "recipes" / "export.py"))["export_checkpoint"]
     run(folder / "checkpoint-3", tmp_path / "offline", "5GB")
@@ -163,8 +170,12 @@ def resume_with_fault(fault: str, arguments: list[str]) -> dict[str, Any]:
     from moe_models.checkpoint import resume as relayout
     from moe_models.checkpoint.saved_states import SavedStates
 
-    def no_moments(self: Any, name: str, key: str) -> Any:
-        return right(self, name, key) * (0.0 if key == "exp_avg" else 1.0)
+    def no_moments(self: Any, name: str, key: str, places: range) -> Any:
+        return right(self, name, key, places) * (0.0 if key == "exp_avg" else 1.0)
+
+    def next_share(self: Any, name: str, key: str, places: range) -> Any:
+        size = self.shape(name, key).numel()
+        return right(self, name, key, range(size - places.stop, size - places.start))
 
     def first_experts(self: Any, block: str, projection: str, expert: int, key: str) -> Any:
         return expert_of(self, block, projection, 0, key)
@@ -174,9 +185,10 @@ def resume_with_fault(fault: str, arguments: list[str]) -> dict[str, Any]:
         return own if own.shape == whole.shape else whole[tuple(slice(size) for size in own.shape)]
 
     shard_of = relayout.own_shard
-    right, expert_of = SavedStates.dense, SavedStates.expert
+    right, expert_of = SavedStates.part, SavedStates.expert
     owner, name, wrong = {
-        "moments start anew": (SavedStates, "dense", no_moments),
+        "moments start anew": (SavedStates, "part", no_moments),
+        "every rank has another one's share": (SavedStates, "part", next_share),
         "every expert is the first": (SavedStates, "expert", first_experts),
         "steps start anew": (relayout, "_set_step", lambda optimizer, step: None),
         "schedule starts anew": (relayout, "_resume_schedule", lambda scheduler, saved: None),
@@ -190,6 +202,7 @@ def resume_with_fault(fault: str, arguments: list[str]) -> dict[str, Any]:
     ("fault", "second"),
     [
         ("moments start anew", (2, 3, "autoep", 2)),
+        ("every rank has another one's share", (2, 3, "autoep", 2)),
         ("every expert is the first", (2, 3, "autoep", 2)),
         ("steps start anew", (2, 3, "autoep", 2)),
         ("schedule starts anew", (2, 3, "autoep", 2)),

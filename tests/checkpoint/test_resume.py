@@ -6,16 +6,21 @@ numbers of attention dropout all go on where they stopped. What a checkpoint fol
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import runpy
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
-from tests.support.cluster import Cluster
+from tests.support import parity
+from tests.support.cluster import ChildError, Cluster
 from tests.support.recipe import (
     ROOT,
     command,
@@ -94,6 +99,120 @@ def check_contents(checkpoint: Path, preset: str, world_size: int) -> None:
     experts = [name for name in found if "_expert_" in name and name.endswith("model_states.pt")]
     assert len(optimizers) >= world_size
     assert len(experts) == (0 if preset.startswith("zero3") else 2 * 4)  # ZeRO-3 keeps them in its partitions
+
+
+# ---------------------------------------------------------------------------- what is in the files is read, never run
+
+
+class Evil:
+    """Unpickling this makes a folder: code execution."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.target),))
+
+
+def resume_refused(arguments: list[str], as_before: bool = False) -> list[str]:
+    """On the ranks: the problems of a resume that is refused; ``as_before``: with DeepSpeed's own way of reading."""
+    from moe_models.checkpoint import resume
+    from moe_models.errors import UserError
+
+    with ExitStack() as faults:
+        if as_before:
+            faults.enter_context(parity.planted(resume, "require_readable", lambda *_: None))
+            faults.enter_context(parity.planted(resume, "reads_with", lambda *_: nullcontext()))
+        try:
+            train_in_cluster(arguments)
+        except UserError as error:
+            return error.problems
+    return []
+
+
+FILES = {
+    "zero1_ep2": ["mp_rank_00_model", "layer_1_expert_2_mp_rank_00_model", "zero_pp_rank_1_mp_rank_00_optim"],
+    "zero3_ep2": ["zero_pp_rank_1_mp_rank_00_model", "zero_pp_rank_0_mp_rank_00_optim"],
+    "zero1_ep2_native": ["layer_0_expert_3_mp_rank_00_model"],
+}
+
+
+@pytest.mark.parametrize("preset", parity.daily([(preset,) for preset in FILES], {0, 1}))
+def test_code_in_a_checkpoint_is_not_run(
+    preset: str, clusters: Callable[[int], Cluster], model: Path, data: Path, tmp_path: Path
+) -> None:
+    """In each kind of file, resumed in the same layout and in another: one line on every rank, the same."""
+    import torch
+
+    short = {"max_steps": 3, "lr_scheduler_type": "constant"}
+    clusters(2).run(train_in_cluster, flags(model, data, preset, tmp_path / "out", **short))
+    whole = tmp_path / "whole"
+    shutil.move(tmp_path / "out" / "checkpoint-3", whole)
+    others = {"zero1_ep2": "zero2_ep2", "zero3_ep2": "zero1_ep2", "zero1_ep2_native": "zero1_ep2"}
+    for name in FILES[preset]:
+        for asked in (preset, others[preset]):
+            out, target = tmp_path / f"{name}-{asked}", tmp_path / "executed"
+            shutil.copytree(whole, out / "checkpoint-3")
+            step = out / "checkpoint-3" / "global_step3"
+            (file,) = [path for path in step.iterdir() if path.name.removeprefix("bf16_") == f"{name}_states.pt"]
+            states = torch.load(file, weights_only=False)
+            torch.save({**states, "ds_version": Evil(target)}, file)
+            again = flags(model, data, asked, out, resume_from_checkpoint="true", **short)
+            told = clusters(2).run(resume_refused, again)
+            assert told[0] == told[1]
+            (line,) = told[0]
+            assert f"{file.name}: cannot be read as plain tensors" in line
+            assert not target.exists(), "the code in the file was executed"
+    # The fault is real: read as DeepSpeed reads it, the last of these files is executed.
+    if preset == "zero1_ep2":
+        again = flags(model, data, preset, out, resume_from_checkpoint="true", **short)
+        with suppress(ChildError):
+            clusters(2).run(resume_refused, again, as_before=True)
+        assert target.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "layer_1_expert_2_mp_rank_00_model_states.pt"]
+)
+def test_a_missing_file_is_one_line_on_every_rank(
+    name: str, clusters: Callable[[int], Cluster], model: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    clusters(2).run(train_in_cluster, flags(model, data, "zero1_ep2", out, max_steps=3))
+    shutil.rmtree(out / "model")
+    next(out.glob(f"checkpoint-3/global_step3/*{name}")).unlink()
+    told = clusters(2).run(resume_refused, flags(model, data, "zero1_ep2", out, resume_from_checkpoint="true"))
+    assert told[0] == told[1]
+    (line,) = told[0]
+    assert "the checkpoint is incomplete, use an earlier one" in line
+
+
+class Mapped(TrainerCallback):
+    """Notes which files of a checkpoint are still mapped when the first step begins."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        gc.collect()
+        self.files += [line for line in Path("/proc/self/maps").read_text().splitlines() if "_states.pt" in line]
+
+
+def resume_and_look(arguments: list[str]) -> list[str]:
+    """On the ranks: files of checkpoints that stay mapped in a resumed run."""
+    seen = Mapped()
+    train_in_cluster(arguments, (seen,))
+    return seen.files
+
+
+@pytest.mark.parametrize("preset", ["zero1_ep2", "zero3_ep2"])
+def test_no_file_stays_mapped(
+    preset: str, clusters: Callable[[int], Cluster], model: Path, data: Path, tmp_path: Path
+) -> None:
+    """A mapped file that is removed (--save_total_limit) keeps its place on the disk until the run ends."""
+    clusters(2).run(train_in_cluster, flags(model, data, preset, tmp_path / "out", max_steps=3))
+    again = flags(model, data, preset, tmp_path / "out", resume_from_checkpoint="true")
+    assert clusters(2).run(resume_and_look, again) == [[], []]
 
 
 def test_without_its_random_numbers_a_resumed_run_differs(
