@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from moe_models import meter
 from moe_models.meter import KERNELS_LINE, Speed, Step, StepClock, speed_of
+from tests.support.recipe import SCRIPT
 
 
 def taken(*seconds: float, tokens: int = 1000) -> Speed:
@@ -155,3 +157,20 @@ def test_on_a_gpu_each_step_has_its_own_work() -> None:
     assert (speed.first_steps, speed.steady_steps) == (1, 9)
     assert 0.02 < 1000 / speed.tokens_per_second < 0.2
     assert speed.first_steps_extra_seconds > 5 * 1000 / speed.tokens_per_second
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_closing_lines_of_a_run(slow: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    speed = taken(82.0 if slow else 2.0, *[2.0] * 9)
+    proof = {"max_logit_difference": 0.0, "same_top1": 1.0}
+    summary = {
+        "layout": "2 ranks", "tokens_per_second": speed.tokens_per_second, "speed": speed.as_json(),
+        "peak_memory_gib": 1.5, "eval_loss_before": None, "eval_loss_after": None, "checkpoint": "out/model",
+        "verified": proof, "left_out": None,
+    }  # fmt: skip
+    runpy.run_path(str(SCRIPT), run_name="recipe")["print_summary"](summary)
+    lines = capsys.readouterr().out.splitlines()
+    assert "speed         500 tokens/s (9 steady steps of 10), peak 1.5 GiB per process" in lines
+    said = "slow steps    first step: 80 s more than steady ones (compiling)" in lines
+    assert said == slow
+    assert [line.split()[0] for line in lines] == ["layout", "speed", *(["slow"] if slow else []), "model"]

@@ -128,7 +128,7 @@ def stored_element(case: Case) -> int:
 
 
 def why_whole(case: Case) -> str | None:
-    """Why every rank has to read the whole model, as ``checkpoint/reading.py`` decides; None where it need not."""
+    """Why every rank has to read the whole model; None where each reads its share."""
     if case.model.config.get("quantization_config") is not None:
         return "its weights are quantized (quantization_config)"
     if not case.safetensors:

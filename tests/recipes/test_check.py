@@ -81,6 +81,10 @@ def test_the_host_and_the_disk(run: Any, tmp_path: Path) -> None:
     assert "        reads 93.4 GB in 47 s at 2 GB/s a node (assumed; --read_gb_per_s)\n" in out
     assert "disk    654 GB a checkpoint, 93.4 GB the export\n" in out
     assert "        every checkpoint is kept; --save_total_limit 2 keeps two\n" in out
+    page = (FOLDER.parent / "docs" / "layouts.md").read_text()
+    block = re.search(r"^host    .*?(?=```)", page, re.M | re.S)
+    assert block is not None
+    assert block[0] in run("zero1_ep8.json", 8, "--save_total_limit", "2")[1]
     _, out, _ = run("zero1_ep8.json", 8, "--read_gb_per_s", "6", "--save_total_limit", "2")
     assert "        reads 93.4 GB in 16 s at 6 GB/s a node\n" in out
     assert "        2 kept, and one more while it is written: 1.96 TB\n" in out
