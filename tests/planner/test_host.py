@@ -89,12 +89,19 @@ def test_each_rank_reads_its_share(case: Case, multiple: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "ep", "world", "multiple"),
-    [(1, 2, 2, 2.66), (1, 4, 4, 4.37), (3, 2, 2, 3.22), (3, None, 2, 3.26), (1, None, 2, 1.95)],
+    ("case", "multiple"),
+    [
+        (planned(1, 2, 2), 2.66),
+        (planned(1, 4, 4), 4.37),
+        (planned(3, 2, 2), 3.22),
+        (planned(3, None, 2), 3.26),
+        (native(2, 2), 1.95),
+    ],
 )
-def test_every_rank_reads_the_whole_model(stage: int, ep: int | None, world: int, multiple: float) -> None:
-    """As it was everywhere, and is for .bin files; the last row was measured with native layers."""
-    case = replace(planned(stage, ep, world), safetensors=False)
+def test_every_rank_reads_the_whole_model(case: Case, multiple: float) -> None:
+    """As it was everywhere, and is for .bin files."""
+    world = case.layout.world_size
+    case = replace(case, safetensors=False)
     needs = host_needs(case)
     assert needs.whole == "it has no safetensors files"
     assert (needs.read - world * PROCESS) / model_bytes(case) == pytest.approx(multiple, rel=0.15)
