@@ -13,6 +13,8 @@ reads a weight. It prints, from top to bottom:
     groups    EP exchanges tokens, EDP averages experts, DP the dense part, TP and SP split layers and sequences; and
               whether a group stays inside a node
     memory    weights, gradients and optimizer states of one rank (recipes/plan.py adds activations and buffers)
+    host      memory of a node's host to read the model, to train (what is offloaded) and to export and prove it; the
+              time to read; the disk that checkpoints and the export take
     traffic   what one rank sends in one optimizer step, over which group
 
 Warnings go to stderr and change nothing. Errors go to stderr, one line each, with exit code 2; then nothing is printed.
@@ -37,6 +39,7 @@ from moe_models.errors import Problems, run, warn
 from moe_models.families.config_json import read_model_config
 from moe_models.families.model import Model
 from moe_models.planner.case import Case
+from moe_models.planner.host import READ_GB_PER_S, checkpoint_bytes, export_bytes, has_safetensors, host_needs
 from moe_models.planner.shares import state_bytes
 from moe_models.planner.traffic import Flow, spans_nodes, traffic
 from moe_models.preflight.advice import warnings_for_run
@@ -71,7 +74,9 @@ def main(words: list[str]) -> int:
         warnings = warnings_for_run(ds, config, world_size, per_node, work=work)
 
     if not problems.lines:
-        print_case(Case.of(ds, Model.of(config), world_size, work, per_node))
+        safetensors = has_safetensors(arguments.model_name_or_path)
+        case = Case.of(ds, Model.of(config), world_size, work, per_node, safetensors=safetensors)
+        print_case(case, host_lines(case, arguments.read_gb_per_s, arguments.save_total_limit))
     warn(warnings)
     problems.refuse()
     return 0
@@ -93,6 +98,13 @@ def parse(words: list[str]) -> argparse.Namespace:
         default=True,
         help="activations are recomputed in the backward pass (true)",
     )
+    parser.add_argument("--save_total_limit", type=int, help="checkpoints that the run keeps (all of them)")
+    parser.add_argument(
+        "--read_gb_per_s",
+        type=float,
+        default=READ_GB_PER_S,
+        help=f"GB/s at which one node reads the model's files ({READ_GB_PER_S:g}, assumed)",
+    )
     return parser.parse_args(words)
 
 
@@ -107,6 +119,10 @@ def read(arguments: argparse.Namespace) -> tuple[DsConfig, dict[str, Any]]:
         value = getattr(arguments, name)
         if value < 1:
             problems.add(f"--{name} {value}: must be at least 1")
+    if arguments.save_total_limit is not None and arguments.save_total_limit < 1:
+        problems.add(f"--save_total_limit {arguments.save_total_limit}: must be at least 1; leave it out to keep all")
+    if not arguments.read_gb_per_s > 0:
+        problems.add(f"--read_gb_per_s {arguments.read_gb_per_s:g}: must be above 0")
     problems.refuse()
     return ds, config
 
@@ -127,7 +143,7 @@ def work_of(ds: DsConfig, arguments: argparse.Namespace) -> Work:
     )
 
 
-def print_case(case: Case) -> None:
+def print_case(case: Case, host: str) -> None:
     """Everything that is known of the run."""
     console = Console(highlight=False)
     parts: list[RenderableType] = [
@@ -136,6 +152,7 @@ def print_case(case: Case) -> None:
         groups_table(case),
         *reach_line(case),
         memory_lines(case),
+        host,
         traffic_table(case),
     ]
     for part in parts:
@@ -291,6 +308,31 @@ def memory_lines(case: Case) -> str:
     ]
     if on_host:
         lines.append(f"        in host memory, for each rank: {_sum_of(on_host)}")
+    return "\n".join(lines) + "\n"
+
+
+def host_lines(case: Case, gb_per_s: float, save_total_limit: int | None) -> str:
+    """Memory of a node's host in each phase, the time to read, and the disk."""
+    needs = host_needs(case)
+    speed = f"{gb_per_s:g} GB/s a node"
+    if gb_per_s == READ_GB_PER_S:
+        speed += " (assumed; --read_gb_per_s)"
+    lines = [
+        f"[bold]host[/bold]    a node: read {amount(needs.read)}, train {amount(needs.train)}, "
+        f"export {amount(needs.export)}; peak: {needs.fullest}",
+        f"        reads {amount(needs.from_disk)} in {needs.seconds_to_read(gb_per_s):,.0f} s at {speed}",
+    ]
+    if needs.whole:
+        lines.append(f"        each rank reads the whole model: {needs.whole}")
+
+    checkpoint = checkpoint_bytes(case)
+    lines.append(f"[bold]disk[/bold]    {amount(checkpoint)} a checkpoint, {amount(export_bytes(case))} the export")
+    if save_total_limit is None:
+        lines.append("        every checkpoint is kept; --save_total_limit 2 keeps two")
+    else:
+        # The oldest is removed when the new one is complete.
+        at_once = (save_total_limit + 1) * checkpoint
+        lines.append(f"        {save_total_limit} kept, and one more while it is written: {amount(at_once)}")
     return "\n".join(lines) + "\n"
 
 

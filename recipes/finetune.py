@@ -206,7 +206,7 @@ def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, t
         )
     except ValueError as error:  # flags that TRL finds at odds with each other or with the data
         raise UserError(one_line(error)) from error
-    trainer.clock = StepClock()
+    trainer.clock = StepClock(lambda: trainer._total_train_tokens)
     trainer.add_callback(trainer.clock)
     if rank() == 0:  # it reads every prepared row
         warn(warnings_for_rows(train_rows, trainer.train_dataset, args))
@@ -239,6 +239,7 @@ def summarise(trainer: Any, ds: Any, peak_gib: float) -> dict[str, Any]:
     """What `summary.json` holds."""
     from moe_models.trainer import MODEL_FOLDER
 
+    speed = trainer.clock.speed
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -249,7 +250,8 @@ def summarise(trainer: Any, ds: Any, peak_gib: float) -> dict[str, Any]:
         "device": trainer.args.device.type,
         "dtype": str(trainer.model.dtype).removeprefix("torch."),
         "steps": trainer.state.global_step,
-        "tokens_per_second": round(trainer.clock.tokens_per_second(trainer._total_train_tokens), 1),
+        "tokens_per_second": round(speed.tokens_per_second, 1),
+        "speed": speed.as_json(),
         "peak_memory_gib": round(peak_gib, 2),
         "train_loss": losses[-1] if losses else None,
         "eval_loss_before": held_out[0] if evaluated_before else None,
@@ -266,13 +268,13 @@ def print_summary(summary: dict[str, Any]) -> None:
     held_out = [loss for loss in (summary["eval_loss_before"], summary["eval_loss_after"]) if loss is not None]
     lines = {
         "layout": summary["layout"],
-        "speed": f"{summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_gib']} GiB per process",
+        "speed": f"{summary['speed']['text']}, peak {summary['peak_memory_gib']} GiB per process",
+        "slow steps": summary["speed"]["left_out"],
         "held-out loss": " -> ".join(f"{loss:.4f}" for loss in held_out),
         "model": f"{summary['checkpoint']}  (reloaded: no key missing, logits within "
         f"{proof['max_logit_difference']:.1e} of the trained model's, same top token at {proof['same_top1']:.0%})",
     }
-    if not held_out:
-        del lines["held-out loss"]
+    lines = {name: text for name, text in lines.items() if text}
     print(*(f"{name:14}{text}" for name, text in lines.items()), sep="\n", flush=True)
     if summary["left_out"]:
         warn([summary["left_out"]])

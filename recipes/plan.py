@@ -13,13 +13,15 @@ Compared are ZeRO 1 to 3 x expert (EP), tensor (TP) and sequence (SP) parallelis
 checkpointing x offload, as far as the preflight accepts them, all with the same tokens in an optimizer step. EP above 1
 is DeepSpeed's AutoEP; without EP it is the plain Hugging Face model.
 
-Three tables have one row for each layout, the best first:
+Four tables have one row for each layout, the best first:
 
     layouts   the batch (sequences of a micro-batch x micro-batches of a step), activation checkpointing (ckpt), the
               memory that a GPU needs, the time of a step, tokens a second and GPU, model FLOP utilisation
     memory    the peak of the fullest GPU by what holds it; "skew" is room for a GPU whose experts get more tokens than
               the mean, "other" the CUDA context, NCCL and fragments
     time      of a step, by what it is spent on
+    host      the memory that a node's host needs to read the model, to train (what is offloaded) and to export and
+              prove it, which of the three is the peak, the time to read, and the size of one checkpoint
 
 Layouts that are equal in every figure share one row, which names them all, those after the first behind a "=":
 
@@ -48,9 +50,12 @@ from moe_models.families.config_json import read_model_config
 from moe_models.families.model import Model
 from moe_models.files import write
 from moe_models.planner.devices import GIB, device_names, read_device
+from moe_models.planner.host import READ_GB_PER_S, checkpoint_bytes, export_bytes, has_safetensors
 from moe_models.planner.search import Plan, Request, nothing_fits, search
 from moe_models.preflight.liger import no_kernels
 
+PHASES = ("read", "train", "export")
+"""Fields of :class:`~moe_models.planner.host.Host`, and the columns of their table."""
 MEASURED_GPUS = 4
 """Most GPUs that the step-time model was compared with."""
 NEAR_MISSES = 2
@@ -110,7 +115,13 @@ def parse(words: list[str]) -> argparse.Namespace:
         help="measured figures of the machine (calibration.json); a later file wins, key by key",
     )
     parser.add_argument("--skew", type=float, default=1.3, help="tokens of the fullest expert over the mean (1.3)")
-    parser.add_argument("--host_gib", type=float, default=1000, help="host memory of a node for offloading (1000)")
+    parser.add_argument("--host_gib", type=float, default=1000, help="host memory of a node (1000)")
+    parser.add_argument(
+        "--read_gb_per_s",
+        type=float,
+        default=READ_GB_PER_S,
+        help=f"GB/s at which one node reads the model's files ({READ_GB_PER_S:g}, assumed)",
+    )
     parser.add_argument("--use_liger_kernel", action="store_true", help="the run uses Liger's kernels")
     parser.add_argument("--top", type=int, default=6, help="rows to show (6)")
     return parser.parse_args(words)
@@ -126,6 +137,8 @@ def read(arguments: argparse.Namespace) -> Request:
         if value is not None and value < 1:
             problems.add(f"--{name} {value}: must be at least 1")
     numbers_are_right = not problems.lines
+    if not arguments.read_gb_per_s > 0:
+        problems.add(f"--read_gb_per_s {arguments.read_gb_per_s:g}: must be above 0")
     if numbers_are_right and arguments.gpus > arguments.gpus_per_node and arguments.gpus % arguments.gpus_per_node:
         problems.add(
             f"--gpus {arguments.gpus}: is not a whole number of nodes of --gpus_per_node {arguments.gpus_per_node}"
@@ -152,6 +165,7 @@ def read(arguments: argparse.Namespace) -> Request:
         skew=arguments.skew,
         liger=arguments.use_liger_kernel,
         host_gib=arguments.host_gib,
+        safetensors=has_safetensors(arguments.model_name_or_path),
     )
 
 
@@ -169,7 +183,9 @@ def print_plans(request: Request, plans: list[Plan], arguments: argparse.Namespa
         f"[bold]{request.gpus} x {request.device.name}[/bold], {request.batch} sequences of {request.length} tokens in "
         f"a step ({tokens / 1e6:.2f} million tokens); {len(plans)} layouts, {number_fitting} fit\n"
     )
-    console.print(ranking(shown), memory_table(shown, request), time_table(shown), sep="\n")
+    host = host_table(shown, request, arguments.read_gb_per_s)
+    console.print(ranking(shown), memory_table(shown, request), time_table(shown), host, sep="\n")
+    console.print(f"[dim]{under_host_table(plans[0], arguments.read_gb_per_s)}[/dim]\n")
     console.print(f"[bold]why[/bold]  {why(plans)}\n")
     console.print(command(plans[0], arguments))
     for line in request.device.measured:
@@ -222,7 +238,7 @@ def rows_of(plans: list[Plan]) -> list[Row]:
     """The plans in their order, those with equal figures together at the place of the first of them."""
     equal: dict[tuple[str, ...], list[Plan]] = {}
     for plan in plans:
-        figures = (*ranking_cells(plan), *memory_cells(plan), *time_cells(plan))
+        figures = (*ranking_cells(plan), *memory_cells(plan), *time_cells(plan), *host_cells(plan, READ_GB_PER_S))
         equal.setdefault(figures, []).append(plan)
     return [Row(tuple(group)) for group in equal.values()]
 
@@ -243,10 +259,9 @@ def ranking_cells(plan: Plan) -> list[str]:
 
 
 def memory_cells(plan: Plan) -> list[str]:
-    """GiB by what holds them, those of the host last."""
+    """GiB by what holds them."""
     memory = plan.prediction.memory
-    parts = [f"{getattr(memory, part) / GIB:.1f}" for part in PARTS]
-    return [*parts, f"{plan.host_gib:.0f}"]
+    return [f"{getattr(memory, part) / GIB:.1f}" for part in PARTS]
 
 
 def time_cells(plan: Plan) -> list[str]:
@@ -254,6 +269,14 @@ def time_cells(plan: Plan) -> list[str]:
     time = plan.prediction.time
     parts = [f"{1e3 * getattr(time, part):,.0f}" for part in TIMES]
     return [*parts, f"{1e3 * time.total:,.0f}"]
+
+
+def host_cells(plan: Plan, gb_per_s: float) -> list[str]:
+    """GiB of host memory in each phase and the fullest one, seconds to read, GB of a checkpoint."""
+    host = plan.prediction.host
+    phases = [f"{getattr(host, phase) / GIB:.0f}" for phase in PHASES]
+    checkpoint = checkpoint_bytes(plan.case)
+    return [*phases, host.fullest, f"{host.seconds_to_read(gb_per_s):,.0f}", f"{checkpoint / 1e9:,.1f}"]
 
 
 # --- the tables
@@ -279,7 +302,7 @@ def ranking(rows: list[Row]) -> Table:
 def memory_table(rows: list[Row], request: Request) -> Table:
     """Where the memory of the fullest GPU goes."""
     title = f"peak memory of a GPU in GiB, of {request.device.usable_gib:.1f}"
-    table = _table(title, ["", *PARTS.values(), "host/node"])
+    table = _table(title, ["", *PARTS.values()])
     for number, row in enumerate(rows, 1):
         table.add_row(str(number), *memory_cells(row.first), style=row.style)
     return table
@@ -291,6 +314,27 @@ def time_table(rows: list[Row]) -> Table:
     for number, row in enumerate(rows, 1):
         table.add_row(str(number), *time_cells(row.first), style=row.style)
     return table
+
+
+def host_table(rows: list[Row], request: Request, gb_per_s: float) -> Table:
+    """What the host of a node needs, and the disk."""
+    title = f"host memory of a node in GiB, of {request.host_gib:,.0f}; disk in GB"
+    table = _table(title, ["", *PHASES, "peak", "s to read", "checkpoint"])
+    for number, row in enumerate(rows, 1):
+        table.add_row(str(number), *host_cells(row.first, gb_per_s), style=row.style)
+    return table
+
+
+def under_host_table(plan: Plan, gb_per_s: float) -> str:
+    """What holds for all its rows."""
+    speed = f"Read at {gb_per_s:g} GB/s a node"
+    if gb_per_s == READ_GB_PER_S:
+        speed += " (assumed; --read_gb_per_s sets it)"
+    text = f"{speed}; the exported model takes {export_bytes(plan.case) / 1e9:,.1f} GB of disk."
+    whole = plan.prediction.host.whole
+    if whole:
+        text += f" Each rank reads the whole model: {whole}."
+    return text
 
 
 # --- why

@@ -185,7 +185,7 @@ def close(chosen: Run, output_dir: Path, losses: dict[str, float]) -> None:
     measured: dict[str, Any] = json.loads((output_dir / "summary.json").read_text())
     table = Table(show_header=False, title="Quickstart", title_justify="left")
     table.add_row("layout", measured["layout"])
-    table.add_row("speed", f"{measured['tokens_per_second']:,.0f} tokens/s over {measured['steps']} steps")
+    table.add_row("speed", measured["speed"]["text"])
     table.add_row("peak memory per process", f"{measured['peak_memory_gib']:.1f} GiB ({measured['device']})")
     table.add_row("held-out loss: dense, upcycled", f"{losses['dense']:.4f}, {losses['upcycled']:.4f}")
     table.add_row(

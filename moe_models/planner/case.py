@@ -43,6 +43,8 @@ class Case:
     """Whether Liger's kernels replace the eager ones."""
     loss: Loss = "chunked"
     """As TRL's trainer takes it ("chunked"), or a loop that takes the model's own loss ("full")."""
+    safetensors: bool = True
+    """Whether the model's files are safetensors, of which a rank can read a part."""
     one_pass_norm: bool = True
     """MoETrainer's gradient norm under ZeRO 1 and 2 (``engine/grad_norm.py``); False for DeepSpeed's own."""
 

@@ -270,16 +270,6 @@ def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
     return moments
 
 
-def host_bytes(case: Case) -> int:
-    """Pinned host memory of one rank: what ZeRO-Offload moved there, with fp32 gradients and a bf16 staging copy."""
-    for_each = 0
-    if "optimizer" in case.ds.offloaded:
-        for_each += ADAM + FP32 + BF16
-    if "weights" in case.ds.offloaded:
-        for_each += BF16
-    return case.states.partition * for_each
-
-
 def _weights(case: Case) -> int:
     """bf16 weights on the GPU: all of the rank's, or under ZeRO-3 its partition and what is gathered."""
     states = case.states

@@ -8,7 +8,8 @@ from moe_models.errors import UserError
 from moe_models.families.flops import train_flops
 from moe_models.planner.case import Case
 from moe_models.planner.devices import GIB, Device
-from moe_models.planner.memory import Memory, host_bytes, memory_moments
+from moe_models.planner.host import Host, host_needs
+from moe_models.planner.memory import Memory, memory_moments
 from moe_models.planner.step_time import StepTime, step_time
 
 
@@ -21,8 +22,8 @@ class Prediction:
     memory: Memory
     """Of the fullest moment."""
     time: StepTime
-    host: int
-    """Bytes of host memory for each GPU."""
+    host: Host
+    """What the host of one node needs."""
 
     @property
     def fits(self) -> bool:
@@ -68,5 +69,5 @@ def predict(case: Case, device: Device) -> Prediction:
         device=device,
         memory=max(moments, key=lambda moment: moment.needed),
         time=step_time(case, device),
-        host=host_bytes(case),
+        host=host_needs(case),
     )

@@ -65,11 +65,22 @@ class Request:
     liger: bool
     """Whether the run uses Liger's kernels."""
     host_gib: float
-    """Host memory of one node that offloading may take."""
+    """Host memory of one node."""
+    safetensors: bool = True
+    """Whether the model's files are safetensors."""
 
     def case(self, ds: DsConfig, work: Work) -> Case:
         """One layout with one batch for this request."""
-        return Case.of(ds, self.model, self.gpus, work, self.gpus_per_node, skew=self.skew, liger=self.liger)
+        return Case.of(
+            ds,
+            self.model,
+            self.gpus,
+            work,
+            self.gpus_per_node,
+            skew=self.skew,
+            liger=self.liger,
+            safetensors=self.safetensors,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +90,7 @@ class Plan:
     prediction: Prediction
     offload: Offload
     host_gib: float
-    """What offloading takes in one node."""
+    """What one node needs at its peak."""
     fits: bool
     """On the GPUs and on the host."""
 
@@ -287,7 +298,7 @@ def _best_batch(request: Request, ds: DsConfig, offload: Offload) -> Plan | None
 def evaluate(request: Request, case: Case, offload: Offload) -> Plan:
     """One layout with one batch."""
     prediction = predict(case, request.device)
-    host_gib = prediction.host * min(request.gpus, request.gpus_per_node) / GIB
+    host_gib = prediction.host.peak / GIB
     fits = prediction.fits and host_gib <= request.host_gib
     return Plan(prediction=prediction, offload=offload, host_gib=host_gib, fits=fits)
 
@@ -305,6 +316,11 @@ def _what_is_missing(request: Request, plans: list[Plan]) -> str:
     fit_the_gpu = [plan for plan in plans if plan.prediction.fits]
     if fit_the_gpu:
         cheapest = min(fit_the_gpu, key=lambda plan: plan.host_gib)
+        if not cheapest.offload:
+            return (
+                f"nothing fits: {cheapest.name} fits the GPUs and needs {cheapest.host_gib:.0f} GiB of host memory in "
+                f"each node (to {cheapest.prediction.host.fullest}), and --host_gib says {request.host_gib:.0f}"
+            )
         return (
             f"nothing fits: without offloading, GPUs of {device.usable_gib:.0f} GiB are too small; {cheapest.name} "
             f"would do with {cheapest.host_gib:.0f} GiB of host memory in each node, and --host_gib says "

@@ -74,6 +74,27 @@ def test_what_is_offloaded_is_not_counted(run: Any) -> None:
     assert "in host memory, for each rank: optimizer 70.1 GB" in out
 
 
+def test_the_host_and_the_disk(run: Any, tmp_path: Path) -> None:
+    """46.7 billion parameters: 2 bytes to read, 14 in a checkpoint, 18 in the host with offloading."""
+    _, out, _ = run("zero1_ep8.json", 8)
+    assert "host    a node: read 15 GB, train 12.9 GB, export 18.8 GB; peak: export\n" in out
+    assert "        reads 93.4 GB in 47 s at 2 GB/s a node (assumed; --read_gb_per_s)\n" in out
+    assert "disk    654 GB a checkpoint, 93.4 GB the export\n" in out
+    assert "        every checkpoint is kept; --save_total_limit 2 keeps two\n" in out
+    page = (FOLDER.parent / "docs" / "layouts.md").read_text()
+    block = re.search(r"^host    .*?(?=```)", page, re.M | re.S)
+    assert block is not None
+    assert block[0] in run("zero1_ep8.json", 8, "--save_total_limit", "2")[1]
+    _, out, _ = run("zero1_ep8.json", 8, "--read_gb_per_s", "6", "--save_total_limit", "2")
+    assert "        reads 93.4 GB in 16 s at 6 GB/s a node\n" in out
+    assert "        2 kept, and one more while it is written: 1.96 TB\n" in out
+    assert "train 854 GB, export 859 GB; peak: export" in run("zero1_ep8_offload.json", 8)[1]
+    (tmp_path / "pytorch_model.bin").touch()
+    _, out, _ = run("zero3_ep8.json", 8)
+    assert "peak: read" in out
+    assert "        each rank reads the whole model: it has no safetensors files\n" in out
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize(
     ("file", "world_size"),
@@ -135,11 +156,13 @@ def test_every_error_and_warning_at_once(run: Any) -> None:
 
 
 def test_wrong_paths_and_numbers(run: Any, tmp_path: Path) -> None:
-    code, _, err = run("none.json", 8, "--max_length", "0")
+    code, _, err = run("none.json", 8, "--max_length", "0", "--save_total_limit", "0", "--read_gb_per_s", "-1")
     assert code == 2
     assert err.splitlines() == [
         f"error: {FOLDER / 'none.json'}: no such file",
         "error: --max_length 0: must be at least 1",
+        "error: --save_total_limit 0: must be at least 1; leave it out to keep all",
+        "error: --read_gb_per_s -1: must be above 0",
     ]
     assert run("zero1_ep2.json", 0)[0] == 2
     assert "sizes cannot be read from it" in run("zero1_ep2.json", 2, hidden_size=None)[2]

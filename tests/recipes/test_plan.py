@@ -197,6 +197,34 @@ def test_nothing_fits(run: Any) -> None:
     assert run(device="a100-40g", gpus=more[1], host_gib=100)[0] == 0, "what it promises, it keeps"
 
 
+def test_the_host(run: Any, tmp_path: Path) -> None:
+    """One row for each layout, with the peak named; the time to read follows --read_gb_per_s."""
+    _, out, _ = run(device="h200")
+    rows = re.findall(r"^ ?(\d+) +(\d+) +(\d+) +(\d+) +(read|train|export) +(\d+) +([\d.]+) *$", out, re.M)
+    assert len(rows) == len(re.findall(r"^ ?\d+ +ZeRO-", out, re.M))
+    assert rows[0] == ("1", "14", "12", "18", "export", "47", "653.8")
+    words = " ".join(out.split())
+    assert (
+        "Read at 2 GB/s a node (assumed; --read_gb_per_s sets it); the exported model takes 93.4 GB of disk." in words
+    )
+    _, out, _ = run("--read_gb_per_s", 10, device="h200")
+    assert re.search(r"^ ?1 +14 +12 +18 +export +9 ", out, re.M)
+    assert "Read at 10 GB/s a node; the exported" in " ".join(out.split())
+    (tmp_path / "pytorch_model.bin").touch()
+    _, out, _ = run(device="h200")
+    assert re.search(r"^ ?1 +\d{3} +12 +18 +read +47 ", out, re.M)
+    assert "Each rank reads the whole model: it has no safetensors files." in " ".join(out.split())
+
+
+def test_the_host_has_to_hold_it_too(run: Any) -> None:
+    code, _, err = run(device="h200", host_gib=15)
+    assert code == 2
+    assert re.match(
+        r"error: nothing fits: ZeRO-\d.* fits the GPUs and needs 18 GiB of host memory in each node \(to ", err
+    )
+    assert "and --host_gib says 15" in err
+
+
 def test_fewer_tokens_fit(run: Any) -> None:
     long = {**QWEN3_30B, "max_position_embeddings": 2**22}
     code, _, err = run(device="h100-80g", seq_length=2**22, config=long)
@@ -208,11 +236,14 @@ def test_fewer_tokens_fit(run: Any) -> None:
 
 
 def test_refused(run: Any, tmp_path: Path) -> None:
-    code, _, err = run("--calibration", tmp_path / "no.json", "--write", tmp_path, gpus=12, device="h300")
+    code, _, err = run(
+        "--calibration", tmp_path / "no.json", "--write", tmp_path, "--read_gb_per_s", 0, gpus=12, device="h300"
+    )
     lines = err.splitlines()
     assert code == 2
     assert "error: --gpus 12: is not a whole number of nodes of --gpus_per_node 8" in lines
     assert f"error: --write {tmp_path}: must be a file in a folder that is there" in lines
+    assert "error: --read_gb_per_s 0: must be above 0" in lines
     assert any(line.startswith("error: --device h300: unknown; one of a100-40g") for line in lines)
     assert "--seq_length 40000: longer than the model's context; use at most 32768" in run(seq_length=40000)[2]
     batch = run(gpus=16, global_batch_size=3)[2]
