@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DummyOptim
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
 from moe_models.checkpoint.export_engine import export_engine
@@ -46,6 +47,7 @@ from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_
 from moe_models.engine.native import mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.engine.plain_transformers import remember_shipped
 from moe_models.engine.seams import check_seams
+from moe_models.engine.signals import ToldToStopError, Vote, saved_at_the_end_of_a_step
 from moe_models.engine.ulysses import Ulysses
 from moe_models.engine.weight_decay import decay_groups
 from moe_models.families.flops import train_flops
@@ -82,6 +84,8 @@ class ExpertParallelTraining(Trainer):
             cannot be honoured.
         RuntimeError: when training starts, if AutoEP did not replace exactly the model's MoE blocks.
         TrainingStoppedError: during training, when loss, gradient norm or weights are not finite.
+        ToldToStopError: during training, at the end of a step, when a rank was told to stop; the step is saved. Only
+            in a process that listens (``moe_models/engine/signals.py``), as those of the recipes do.
         ExportError: from :meth:`save_model`, if the folder would not hold the whole model.
     """
 
@@ -116,6 +120,7 @@ class ExpertParallelTraining(Trainer):
 
         # 3. Parts that need the Trainer's arguments.
         self.finite = FiniteWatch(self.args.device)
+        self.vote = Vote(self.args.device)
         self.args.logging_nan_inf_filter = False  # HF would log a running average instead of a NaN
         self.ulysses = self._start_ulysses(model)
         self.native = native_blocks(model)
@@ -224,7 +229,12 @@ class ExpertParallelTraining(Trainer):
         if self.state.global_step >= self.state.max_steps:  # HF would train one more step of a run that was finished
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        if self.args.save_strategy == SaveStrategy.NO:
+            super()._run_epoch(*args, **kwargs)
+            return
+        with saved_at_the_end_of_a_step():
+            super()._run_epoch(*args, **kwargs)
+            self._stop_if_told()
 
     # --- the loss, and the terms that join it
 
@@ -280,6 +290,8 @@ class ExpertParallelTraining(Trainer):
         """One micro-batch; returns a loss whose mean over all ranks is the loss, for the log."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.finite.see(loss)
+        if self.accelerator.sync_gradients:
+            self.vote.cast()
         if self.ulysses:
             return loss * self.ulysses.size
         return loss
@@ -306,13 +318,39 @@ class ExpertParallelTraining(Trainer):
             metrics["train"][name].append(value)
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        # 1. A rank may have been told to stop. Then this step is saved. An evaluation could outlast the time that is
+        #    left; only where it chooses the best checkpoint would a resumed run miss it.
         control = self.control
+        stops = self.vote.stop()
+        if stops:
+            control.should_save = self.checkpoints.last_step != self.state.global_step
+            control.should_evaluate = control.should_evaluate and self.args.load_best_model_at_end
+
+        # 2. Log, evaluate and save, unless something is not finite.
         if control.should_log or control.should_save or control.should_evaluate:
             self._stop_if_not_finite(grad_norm)
         if self._drops_tokens and control.should_log:
             for name, rate in take_drop_rates(self.native).items():
                 self._log_mean(name, rate)
+        took_long = control.should_save or control.should_evaluate
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+        # 3. Signals that came meanwhile count now, not after another step.
+        if stops or took_long:
+            self._stop_if_told()
+
+    def _stop_if_told(self) -> None:
+        """Raise ToldToStopError if a rank was told to stop; the step is saved first."""
+        self.vote.cast()
+        if not self.vote.stop():
+            return
+        if self.checkpoints.last_step != self.state.global_step:
+            self._save_checkpoint(self.model, None)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)  # what reports elsewhere closes its log
+        raise ToldToStopError(
+            f"step {self.state.global_step} is saved in {last_checkpoint(self.args.output_dir)}; go on with "
+            "--resume_from_checkpoint true"
+        )
 
     def _stop_if_not_finite(self, grad_norm: Any) -> None:
         # fp16's dynamic loss scale leaves out a step whose gradient overflowed.

@@ -34,7 +34,8 @@ Results, in OUTPUT_DIR:
     summary.json    what was measured. It is written last: where it exists, the run came to its end. (Exit code 0 does
                     not prove that: deepspeed 0.19.8 also returns 0 when its own child was killed.)
 
-Exit codes: 0 complete; 2 the input cannot work, and nothing was written; 1 the run had to stop, and says why.
+Exit codes: 0 complete; 2 the input cannot work, and nothing was written; 1 the run had to stop, and says why; 143 it was
+told to stop (SIGTERM or SIGUSR1 to any rank, or the launcher has gone), and what can be resumed is saved.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import FROM_CHECKPOINT, ModelFlags, describe, read_command_line, resume_value
+from moe_models.engine.signals import ToldToStopError, end_as_told, listen
 from moe_models.errors import RunError, UserError, one_line, run, warn
 from moe_models.files import write
 from moe_models.nodes.watch import end_with, leave
@@ -99,6 +101,7 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
         UserError: for input that cannot work.
         RunError: for a run that stopped to protect what it had, or whose export is not whole.
     """
+    listen()
     # 1. Refuse what cannot work, before a weight is read.
     script, recipe, args, model_args, ds = read_command_line(words, about, flags)
     train_rows, eval_rows = load_data(script, recipe, args)
@@ -111,6 +114,8 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
     try:
         trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
         evaluate_and_export(trainer, ds, eval_rows)
+    except ToldToStopError as told:
+        end_as_told(told)
     except RunError:
         print(file=sys.stderr)  # ends the progress bar's line
         raise

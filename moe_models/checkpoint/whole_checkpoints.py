@@ -30,6 +30,8 @@ class WholeCheckpoints:
 
     def __init__(self) -> None:
         self._growing = False
+        self.last_step: int | None = None
+        """The step of the last checkpoint that got its name."""
 
     def clear(self, output_dir: str | Path) -> None:
         """Remove what a killed run left behind. Any rank may call it; the writer acts."""
@@ -87,6 +89,7 @@ class WholeCheckpoints:
                 use_mtime=True,
             )
         trainer.accelerator.wait_for_everyone()
+        self.last_step = trainer.state.global_step
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
