@@ -21,6 +21,7 @@ Another Trainer takes the same parts: ``class MoEDPOTrainer(ExpertParallelTraini
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,11 +33,13 @@ from accelerate.utils import DummyOptim
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
+from moe_models.checkpoint.export import export_bytes
 from moe_models.checkpoint.export_engine import export_engine
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.checkpoint.proof import ExportProof
 from moe_models.checkpoint.resume import any_layout
 from moe_models.checkpoint.source import is_writer
+from moe_models.checkpoint.space import checkpoint_bytes, room_warnings
 from moe_models.checkpoint.whole_checkpoints import WholeCheckpoints, last_checkpoint
 from moe_models.config.layout import Degrees, autoep_section
 from moe_models.config.moe_section import Balance
@@ -50,6 +53,7 @@ from moe_models.engine.seams import check_seams
 from moe_models.engine.signals import ToldToStopError, Vote, saved_at_the_end_of_a_step
 from moe_models.engine.ulysses import Ulysses
 from moe_models.engine.weight_decay import decay_groups
+from moe_models.errors import warn
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
 from moe_models.families.table import FAMILIES, Family
@@ -182,6 +186,7 @@ class ExpertParallelTraining(Trainer):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._prepare_norm()
         self._attach_routing()
+        self._warn_of_the_disk(max_steps)
         if resume_from_checkpoint is not None:
             self.routing.load(Path(resume_from_checkpoint))
         return prepared
@@ -195,6 +200,30 @@ class ExpertParallelTraining(Trainer):
             self._tp_size = self.get_tp_size()  # TRL counts the tokens that peers share once for each
         else:
             norm_in_one_pass(optimizer)
+
+    def _warn_of_the_disk(self, max_steps: int) -> None:
+        """Say at the start if the disk has not the room for what the run will write."""
+        if self.args.save_strategy == SaveStrategy.NO:
+            return
+        checkpoint = checkpoint_bytes(self.model_wrapped)
+        if not is_writer():
+            return
+        planned = 1
+        if self.args.save_strategy == SaveStrategy.STEPS:
+            every = self.state.save_steps or max_steps
+            planned = math.ceil((max_steps - self.state.global_step) / every)
+        elif self.args.save_strategy == SaveStrategy.EPOCH:
+            planned = math.ceil(self.args.num_train_epochs)
+        folder = Path(self.args.output_dir)
+        lines = room_warnings(
+            folder,
+            checkpoint=checkpoint,
+            export=export_bytes(self.family, self.source_config, self.model.dtype),
+            limit=self.args.save_total_limit,
+            planned=planned,
+            present=len(list(folder.glob("checkpoint-*"))),
+        )
+        warn(lines)
 
     def _attach_routing(self) -> None:
         """Check that AutoEP built what the JSON asks for, and watch the routers as they will be trained."""
@@ -381,7 +410,7 @@ class ExpertParallelTraining(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
-        with self.checkpoints.growing():
+        with self.checkpoints.growing(self.model_wrapped, run_dir):
             super()._save_checkpoint(model, trial)
         self.checkpoints.finish(self, run_dir, add_files=self.routing.save)
 
@@ -397,8 +426,9 @@ class ExpertParallelTraining(Trainer):
         if _internal_call:
             folder = Path(output_dir or self.args.output_dir)
             if is_writer():
-                folder.mkdir(parents=True, exist_ok=True)
-                save_companions(folder, self.source_config, self.model.dtype, **companions)
+                with self.checkpoints.noting():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    save_companions(folder, self.source_config, self.model.dtype, **companions)
             self.accelerator.wait_for_everyone()
             return
         self.last_proof = None

@@ -252,7 +252,7 @@ class Vote:
         on_gpu = device.type == "cuda"
         self._votes = torch.zeros(1, dtype=torch.int32, device=device)
         self._result = torch.zeros(1, dtype=torch.int32, pin_memory=on_gpu)
-        self._counted = torch.cuda.Event() if on_gpu else None
+        self._counted: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
 
     def cast(self) -> None:
         """Every rank: say whether this one was told to stop. Does nothing in a process that does not listen."""
