@@ -8,7 +8,7 @@ Batch systems send a signal some minutes before they kill. What a rank does with
   the disk already. The rank ends at once, from a thread: the main thread may be in a collective or in a long read.
 
 The exit code is 143 in both cases. The ``deepspeed`` launcher dies of a signal and tells nobody, and ``kill -9`` tells
-nobody either. So each rank also looks once a second whether the launchers above it are alive.
+nobody either. So each rank also watches the launchers above it.
 
 transformers' ``enable_jit_checkpoint`` does not serve here: each rank would stop at the step that its own signal met,
 and it may save before the optimizer's step.
@@ -81,7 +81,10 @@ class _Ear:
             signal.signal(number, _left_to_the_thread)
         os.register_at_fork(after_in_child=_leave_it_to_the_parent)
 
-        # 2. The thread that listens.
+        # 2. The kernel tells of a launcher's end through a descriptor; where it has none, the thread looks now and then.
+        self._ends = [end for end in map(_end_of, self._launchers) if end is not None]
+
+        # 3. The thread that listens.
         threading.Thread(target=self._listen, daemon=True, name="signals").start()
 
     def know_siblings(self) -> None:
@@ -92,7 +95,8 @@ class _Ear:
 
     def _listen(self) -> None:
         while True:
-            select.select([self._heard], [], [], SECONDS_BETWEEN_LOOKS)
+            told, _, _ = select.select([self._heard, *self._ends], [], [], SECONDS_BETWEEN_LOOKS)
+            self._ends = [end for end in self._ends if end not in told]  # it would be told again and again
             try:
                 numbers = os.read(self._heard, 4096)
             except BlockingIOError:
@@ -152,6 +156,14 @@ def _in_a_child(number: int, frame: FrameType | None) -> None:
         return
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def _end_of(process: psutil.Process) -> int | None:
+    """A descriptor that can be read when ``process`` has ended."""
+    try:
+        return os.pidfd_open(process.pid)
+    except (AttributeError, OSError):  # no Linux, an old kernel, or it has just ended
+        return None
 
 
 def is_alive(process: psutil.Process) -> bool:
