@@ -111,7 +111,7 @@ def look_at(lock: Path, named: set[Path]) -> None:
                 return
     except OSError:  # it has just been removed
         return
-    if lock in named:
+    if lock in named or not lock.exists():
         return
     named.add(lock)
     if builder is not None:

@@ -81,7 +81,7 @@ class _Ear:
             signal.signal(number, _left_to_the_thread)
         os.register_at_fork(after_in_child=_leave_it_to_the_parent)
 
-        # 2. The kernel tells of a launcher's end through a descriptor; where it has none, the thread looks now and then.
+        # 2. The kernel tells of a launcher's end through a descriptor. Where it has none, the thread looks by itself.
         self._ends = [end for end in map(_end_of, self._launchers) if end is not None]
 
         # 3. The thread that listens.
