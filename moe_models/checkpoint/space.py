@@ -12,14 +12,12 @@ import torch.distributed as dist
 from moe_models.disk import free_bytes, size
 from moe_models.engine.blocks import find_blocks
 
-MOMENTS = 2
-"""Adam's states beside each master weight."""
-
 
 def checkpoint_bytes(engine: Any) -> int:
     """Bytes of the tensors in a checkpoint of all ranks. Collective.
 
-    A lower bound, and close: the rest is names, counters and random states. States on NVMe are not counted.
+    A lower bound, and close: the rest is names, counters and random states. Before the first step the optimizer counts
+    as Adam.
     """
     mine = _state_bytes(engine.optimizer) + _weight_bytes(engine)
     if not (dist.is_initialized() and dist.get_world_size() > 1):
@@ -30,7 +28,7 @@ def checkpoint_bytes(engine: Any) -> int:
 
 
 def _state_bytes(optimizer: Any) -> int:
-    """fp32 master weights and Adam's moments of this rank's partition."""
+    """Master weights and the optimizer's states of this rank's partition."""
     flats: Iterable[torch.Tensor]
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
         flats = optimizer.fp32_partitioned_groups_flat
@@ -38,7 +36,13 @@ def _state_bytes(optimizer: Any) -> int:
         flats = optimizer.single_partition_of_fp32_groups
     else:
         return 0
-    return sum(flat.numel() * 4 * (1 + MOMENTS) for flat in flats if flat is not None)
+    masters = sum(flat.nbytes for flat in flats if flat is not None)
+    states = 0
+    for state in optimizer.optimizer.state.values():
+        states += sum(value.nbytes for value in state.values() if torch.is_tensor(value))
+    if not states:  # Adam's, before the first step makes them
+        states = 2 * masters
+    return masters + states
 
 
 def _weight_bytes(engine: Any) -> int:

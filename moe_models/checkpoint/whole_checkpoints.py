@@ -39,6 +39,10 @@ REPLACED = ".replaced"
 """Ending of an earlier checkpoint of the same step, in the staging folder, between two renames."""
 
 
+SMALL_FILE = 2**20
+"""More than the files that transformers writes beside DeepSpeed's (random states, counters)."""
+
+
 class CheckpointError(RunError):
     """A checkpoint could not be written. Nothing of it is left, and what was complete before is untouched."""
 
@@ -91,10 +95,10 @@ class WholeCheckpoints:
             self._growing = False
 
     @contextmanager
-    def noting(self, file: str | Path | None = None, needed: int | None = None) -> Iterator[None]:
+    def noting(self, file: str | Path | None = None, needed: int = SMALL_FILE) -> Iterator[None]:
         """Note that a file cannot be written, and go on after the block, where the other ranks will be.
 
-        ``needed``: bytes of ``file``; torch does not say why it could not write.
+        ``needed``: bytes of the file; torch does not say why it could not write.
         """
         try:
             yield
@@ -102,7 +106,7 @@ class WholeCheckpoints:
             if not is_failed_write(error):
                 raise
             where = file or getattr(error, "filename", None) or self._run_dir
-            full = is_full(error) or (needed is not None and free_bytes(where) + _on_disk(where) < needed)
+            full = is_full(error) or free_bytes(where) + _on_disk(where) < needed
             line = f"{where}: cannot be written: {one_line(error)}"
             if full:
                 line = full_line(where, self._needed)

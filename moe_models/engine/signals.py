@@ -43,7 +43,7 @@ SECONDS_FOR_RANK_0 = 2.0
 LAUNCHERS = (
     "deepspeed.launcher.launch", "deepspeed.launcher.runner", "deepspeed/launcher/", "bin/deepspeed", "bin/torchrun",
     "torch.distributed.run", "torch.distributed.launch", "bin/accelerate", "accelerate.commands.launch",
-    "moe_models.nodes.launcher",
+    "moe_models.nodes.launcher", "recipes/quickstart.py",
 )  # fmt: skip
 """What a launcher's command line has in it. A shell above it may end without ending the run (``nohup``)."""
 
