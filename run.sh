@@ -80,10 +80,10 @@ finetune | pretrain)
           fail "$word: the shells of the other machines may read it as something else; use letters, digits and _@+=:,./- or $by_hand"
       done
     fi
-    exec "$venv/bin/deepspeed" --quiet "${nodes[@]}" "$here/recipes/$verb.py" "$@"
+    exec "$python" -m moe_models.nodes.launcher --quiet "${nodes[@]}" "$here/recipes/$verb.py" "$@"
   fi
   gpus=${GPUS:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
-  exec "$venv/bin/deepspeed" --quiet --num_gpus "$gpus" "$here/recipes/$verb.py" "$@"
+  exec "$python" -m moe_models.nodes.launcher --quiet --num_gpus "$gpus" "$here/recipes/$verb.py" "$@"
   ;;
 upcycle | export | check | plan | bench)
   exec "$python" "$here/recipes/$verb.py" "$@"

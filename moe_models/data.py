@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moe_models.disk import is_full
 from moe_models.errors import UserError
 
 FORMATS = {
@@ -48,6 +49,8 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train", str
     except UserError:
         raise
     except Exception as error:
+        if is_full(error):  # the cache's disk, no fault of the data
+            raise
         raise UserError(_why_not(where, error)) from error
     if first is None:
         raise UserError(_no_rows(where))

@@ -21,6 +21,7 @@ Another Trainer takes the same parts: ``class MoEDPOTrainer(ExpertParallelTraini
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,14 +30,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DummyOptim
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
+from moe_models.checkpoint.export import export_bytes
 from moe_models.checkpoint.export_engine import export_engine
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.checkpoint.proof import ExportProof
 from moe_models.checkpoint.reading import reading_bar, refuse_unread, report_reading
 from moe_models.checkpoint.resume import any_layout
 from moe_models.checkpoint.source import is_writer
+from moe_models.checkpoint.space import checkpoint_bytes, room_warnings
 from moe_models.checkpoint.whole_checkpoints import WholeCheckpoints, last_checkpoint
 from moe_models.config.layout import Degrees, autoep_section
 from moe_models.config.moe_section import Balance
@@ -47,8 +51,10 @@ from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_
 from moe_models.engine.native import mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.engine.plain_transformers import remember_shipped
 from moe_models.engine.seams import check_seams
+from moe_models.engine.signals import ToldToStopError, Vote, saved_at_the_end_of_a_step
 from moe_models.engine.ulysses import Ulysses
 from moe_models.engine.weight_decay import decay_groups
+from moe_models.errors import warn
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
 from moe_models.families.table import FAMILIES, Family
@@ -84,6 +90,8 @@ class ExpertParallelTraining(Trainer):
         RuntimeError: when training starts, if AutoEP did not replace exactly the model's MoE blocks.
         RunError: when training starts, if a tensor of the model cannot be read or was never read.
         TrainingStoppedError: during training, when loss, gradient norm or weights are not finite.
+        ToldToStopError: during training, at the end of a step, when a rank was told to stop; the step is saved. Only
+            in a process that listens (``moe_models/engine/signals.py``), as those of the recipes do.
         ExportError: from :meth:`save_model`, if the folder would not hold the whole model.
     """
 
@@ -118,6 +126,7 @@ class ExpertParallelTraining(Trainer):
 
         # 3. Parts that need the Trainer's arguments.
         self.finite = FiniteWatch(self.args.device)
+        self.vote = Vote(self.args.device)
         self.args.logging_nan_inf_filter = False  # HF would log a running average instead of a NaN
         self.ulysses = self._start_ulysses(model)
         self.native = native_blocks(model)
@@ -182,6 +191,7 @@ class ExpertParallelTraining(Trainer):
         report_reading()
         self._prepare_norm()
         self._attach_routing()
+        self._warn_of_the_disk(max_steps)
         if resume_from_checkpoint is not None:
             self.routing.load(Path(resume_from_checkpoint))
         return prepared
@@ -195,6 +205,30 @@ class ExpertParallelTraining(Trainer):
             self._tp_size = self.get_tp_size()  # TRL counts the tokens that peers share once for each
         else:
             norm_in_one_pass(optimizer)
+
+    def _warn_of_the_disk(self, max_steps: int) -> None:
+        """Say at the start if the disk has not the room for what the run will write."""
+        if self.args.save_strategy == SaveStrategy.NO:
+            return
+        checkpoint = checkpoint_bytes(self.model_wrapped)
+        if not is_writer():
+            return
+        planned = 1
+        if self.args.save_strategy == SaveStrategy.STEPS:
+            every = self.state.save_steps or max_steps
+            planned = math.ceil((max_steps - self.state.global_step) / every)
+        elif self.args.save_strategy == SaveStrategy.EPOCH:
+            planned = math.ceil(self.args.num_train_epochs)
+        folder = Path(self.args.output_dir)
+        lines = room_warnings(
+            folder,
+            checkpoint=checkpoint,
+            export=export_bytes(self.family, self.source_config, self.model.dtype),
+            limit=self.args.save_total_limit,
+            planned=planned,
+            present=len(list(folder.glob("checkpoint-*"))),
+        )
+        warn(lines)
 
     def _attach_routing(self) -> None:
         """Check that AutoEP built what the JSON asks for, and watch the routers as they will be trained."""
@@ -229,7 +263,12 @@ class ExpertParallelTraining(Trainer):
         if self.state.global_step >= self.state.max_steps:  # HF would train one more step of a run that was finished
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        if self.args.save_strategy == SaveStrategy.NO:
+            super()._run_epoch(*args, **kwargs)
+            return
+        with saved_at_the_end_of_a_step():
+            super()._run_epoch(*args, **kwargs)
+            self._stop_if_told()
 
     # --- the loss, and the terms that join it
 
@@ -285,6 +324,8 @@ class ExpertParallelTraining(Trainer):
         """One micro-batch; returns a loss whose mean over all ranks is the loss, for the log."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.finite.see(loss)
+        if self.accelerator.sync_gradients:
+            self.vote.cast()
         if self.ulysses:
             return loss * self.ulysses.size
         return loss
@@ -311,13 +352,39 @@ class ExpertParallelTraining(Trainer):
             metrics["train"][name].append(value)
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        # 1. A rank may have been told to stop. Then this step is saved. An evaluation could outlast the time that is
+        #    left; only where it chooses the best checkpoint would a resumed run miss it.
         control = self.control
+        stops = self.vote.stop()
+        if stops:
+            control.should_save = self.checkpoints.last_step != self.state.global_step
+            control.should_evaluate = control.should_evaluate and self.args.load_best_model_at_end
+
+        # 2. Log, evaluate and save, unless something is not finite.
         if control.should_log or control.should_save or control.should_evaluate:
             self._stop_if_not_finite(grad_norm)
         if self._drops_tokens and control.should_log:
             for name, rate in take_drop_rates(self.native).items():
                 self._log_mean(name, rate)
+        took_long = control.should_save or control.should_evaluate
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+        # 3. Signals that came meanwhile count now, not after another step.
+        if stops or took_long:
+            self._stop_if_told()
+
+    def _stop_if_told(self) -> None:
+        """Raise ToldToStopError if a rank was told to stop; the step is saved first."""
+        self.vote.cast()
+        if not self.vote.stop():
+            return
+        if self.checkpoints.last_step != self.state.global_step:
+            self._save_checkpoint(self.model, None)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)  # what reports elsewhere closes its log
+        raise ToldToStopError(
+            f"step {self.state.global_step} is saved in {last_checkpoint(self.args.output_dir)}; go on with "
+            "--resume_from_checkpoint true"
+        )
 
     def _stop_if_not_finite(self, grad_norm: Any) -> None:
         # fp16's dynamic loss scale leaves out a step whose gradient overflowed.
@@ -348,7 +415,7 @@ class ExpertParallelTraining(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
-        with self.checkpoints.growing():
+        with self.checkpoints.growing(self.model_wrapped, run_dir):
             super()._save_checkpoint(model, trial)
         self.checkpoints.finish(self, run_dir, add_files=self.routing.save)
 
@@ -364,8 +431,9 @@ class ExpertParallelTraining(Trainer):
         if _internal_call:
             folder = Path(output_dir or self.args.output_dir)
             if is_writer():
-                folder.mkdir(parents=True, exist_ok=True)
-                save_companions(folder, self.source_config, self.model.dtype, **companions)
+                with self.checkpoints.noting():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    save_companions(folder, self.source_config, self.model.dtype, **companions)
             self.accelerator.wait_for_everyone()
             return
         self.last_proof = None

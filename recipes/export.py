@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_models.disk import is_full
 from moe_models.errors import Problems, UserError, one_line, run, warn
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except ExportError as error:
+        if is_full(error):
+            raise
         raise UserError(f"{checkpoint}: cannot be exported: {error}") from error
     # 4. Summarise.
     size = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))

@@ -34,7 +34,8 @@ Results, in OUTPUT_DIR:
     summary.json    what was measured. It is written last: where it exists, the run came to its end. (Exit code 0 does
                     not prove that: deepspeed 0.19.8 also returns 0 when its own child was killed.)
 
-Exit codes: 0 complete; 2 the input cannot work, and nothing was written; 1 the run had to stop, and says why.
+Exit codes: 0 complete; 2 the input cannot work, and nothing was written; 1 the run had to stop, and says why; 143 it
+was told to stop (SIGTERM or SIGUSR1 to any rank, or the launcher is gone), and what can be resumed is saved.
 """
 
 from __future__ import annotations
@@ -50,8 +51,12 @@ from pathlib import Path
 from typing import Any
 
 from command_line import FROM_CHECKPOINT, ModelFlags, describe, read_command_line, resume_value
+from moe_models.disk import ends_if_full
+from moe_models.engine.compile_locks import watch_compile_locks
+from moe_models.engine.signals import ToldToStopError, end_as_told, listen
 from moe_models.errors import RunError, UserError, one_line, run, warn
 from moe_models.files import write
+from moe_models.held import hold, let_go
 from moe_models.nodes.watch import end_with, leave
 from moe_models.ranks import rank, world_size
 
@@ -99,31 +104,49 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
         UserError: for input that cannot work.
         RunError: for a run that stopped to protect what it had, or whose export is not whole.
     """
+    listen()
     # 1. Refuse what cannot work, before a weight is read.
     script, recipe, args, model_args, ds = read_command_line(words, about, flags)
-    train_rows, eval_rows = load_data(script, recipe, args)
+    if rank() == 0:
+        hold(Path(args.output_dir))
+        watch_compile_locks()
 
-    # 2. Train, and make a Hugging Face folder of the result.
-    model, tokenizer = make_model(recipe, args, model_args, train_rows, ds)
-    trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows)
+    # 2. Data and model. The prepared rows go into a cache.
+    with ends_if_full(data_cache(), RunError):
+        train_rows, eval_rows = load_data(script, recipe, args)
+        model, tokenizer = make_model(recipe, args, model_args, train_rows, ds)
+        trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows)
+
+    # 3. Train, and make a Hugging Face folder of the result.
     if rank() == 0:  # a summary says that its run ended; this one has not
         (Path(args.output_dir) / SUMMARY).unlink(missing_ok=True)
     try:
-        trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
-        evaluate_and_export(trainer, ds, eval_rows)
+        with ends_if_full(args.output_dir, RunError):
+            trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
+            evaluate_and_export(trainer, ds, eval_rows)
+    except ToldToStopError as told:
+        end_as_told(told)
     except RunError:
         print(file=sys.stderr)  # ends the progress bar's line
         raise
 
-    # 3. Leave. Not in a finally: a rank that fails alone must end at once, because only then does the launcher stop
+    # 4. Leave. Not in a finally: a rank that fails alone must end at once, because only then does the launcher stop
     # the others.
     leave_process_group()
+    let_go()
     global complete
     complete = True
     return 0
 
 
 # ------------------------------------------------------------------------------------------------- data, model, trainer
+
+
+def data_cache() -> Path:
+    """Where ``datasets`` keeps the prepared rows (``HF_DATASETS_CACHE``)."""
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE)
 
 
 def load_data(script: Any, recipe: Any, args: Any) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def train_command(chosen: Run, output_dir: Path) -> list[str]:
     with socket.socket() as free:  # the launcher's fixed port would fail beside any other run
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    launcher = [sys.executable, "-m", "moe_models.nodes.launcher", "--quiet"]
     launcher += ["--num_gpus", str(chosen.processes), "--master_port", str(port)]
     flags: dict[str, object] = {
         "model_name_or_path": CACHE / "moe",
@@ -154,7 +155,10 @@ def train(command: list[str], chosen: Run) -> int:
     if on_cpu:
         threads = max(1, len(os.sched_getaffinity(0)) // chosen.processes)
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    exit_code = subprocess.run(command, env=env, check=False).returncode
+    with subprocess.Popen(command, env=env) as launcher:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: launcher.send_signal(number))
+        exit_code = launcher.wait()
     if exit_code:
         print(f"error: training ended with exit code {exit_code}; its own messages are above", file=sys.stderr)
     return exit_code

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +22,15 @@ from tests.support.cluster import Cluster
 from tests.support.hosts import namespaces_permitted
 
 
+@functools.cache
+def mounts_permitted() -> bool:
+    """Whether this process may mount a file system of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode:
+            return False
+        return subprocess.run(["umount", folder], capture_output=True).returncode == 0
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out (deselected, which the summary counts) what asks for what is not here, or for the conformance run."""
     wanted = "conformance" in (config.getoption("-m") or "")
@@ -31,6 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         daily = item.get_closest_marker("conformance") is None or item.get_closest_marker("daily") is not None
         fits = fits and (wanted or daily)
         fits = fits and (item.get_closest_marker("netns") is None or namespaces_permitted())
+        fits = fits and (item.get_closest_marker("tmpfs") is None or mounts_permitted())
         (kept if fits else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept

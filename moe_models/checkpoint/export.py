@@ -21,6 +21,7 @@ rank 0 where it writes alone); on its device no more than another rank's share.
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 from collections.abc import Callable
@@ -44,6 +45,7 @@ from moe_models.checkpoint.hf_folder import (
     save_companions,
 )
 from moe_models.checkpoint.source import TensorSource, is_writer
+from moe_models.disk import ends_if_full, free_bytes, full_line
 from moe_models.errors import UserError
 from moe_models.families.table import Family
 
@@ -145,8 +147,19 @@ def export(
     """
     plan = hub_plan(family, config)
     expected = _expected_on_disk(plan, config, source.dtype)
+    needed = _nbytes(expected)
+
     # 1. Open the staging folder. The ranks that can write their own experts join rank 0.
-    writer = _together(lambda: HFFolderWriter(folder, expected, max_shard_bytes) if is_writer() else None)
+    def open_writer() -> HFFolderWriter | None:
+        if not is_writer():
+            return None
+        writer = HFFolderWriter(folder, expected, max_shard_bytes)
+        if free_bytes(writer.staging) < needed:
+            writer.discard()
+            raise ExportError(full_line(folder, needed))
+        return writer
+
+    writer = _together(open_writer)
     own_writer: TensorWriter | None = writer
     done = 0
 
@@ -162,7 +175,8 @@ def export(
         if own_writer is None:
             return
         for hub_name, tensor in tensors.items():
-            own_writer.add(hub_name, tensor)
+            with ends_if_full(folder, ExportError, needed):
+                own_writer.add(hub_name, tensor)
         done += len(entry.hub)
         if progress is not None and is_writer():
             progress(done, len(expected))
@@ -174,6 +188,10 @@ def export(
         if writer is None:
             return
         writer.add_seen(seen_elsewhere)
+        with ends_if_full(folder, ExportError, needed):
+            write_the_rest(writer)
+
+    def write_the_rest(writer: HFFolderWriter) -> None:
         writer.close_weights()
         if companions is not None:
             copy_companions(companions, writer.staging)
@@ -256,6 +274,15 @@ def _expected_on_disk(plan: list[Entry], config: Any, dtype: torch.dtype) -> dic
             keeps_fp32 = fp32 is not None and fp32.search(name)
             expected[name] = (shape, torch.float32 if keeps_fp32 else dtype)
     return expected
+
+
+def _nbytes(expected: dict[str, tuple[Shape, torch.dtype]]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
+
+
+def export_bytes(family: Family, config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the weights in an exported folder."""
+    return _nbytes(_expected_on_disk(hub_plan(family, config), config, dtype))
 
 
 def _together(action: Callable[[], T], *, slow: bool = False) -> T:

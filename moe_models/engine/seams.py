@@ -357,6 +357,37 @@ SEAMS = (
         lost="under ZeRO-3 ranks read the wrong range of each tensor",
         attributes=("ds_tensor", "ds_numel", "ds_shape", "ds_process_group"),
     ),
+    # --- DeepSpeed: its checkpoints, and its launcher
+    Seam(
+        name="deepspeed.runtime.engine:DeepSpeedEngine.save_checkpoint",
+        ours="checkpoint/whole_checkpoints.py",
+        lost="the ranks wait for each other for ever when one cannot write its part of a checkpoint",
+        parameters=("save_dir", "save_latest"),
+    ),
+    Seam(
+        name="deepspeed.runtime.engine:DeepSpeedEngine._copy_recovery_script",
+        ours="checkpoint/whole_checkpoints.py",
+        lost="the ranks wait for each other for ever when one cannot write its part of a checkpoint",
+        parameters=("save_path",),
+        called_in="deepspeed.runtime.engine",
+    ),
+    Seam(
+        name="deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine.save",
+        ours="checkpoint/whole_checkpoints.py",
+        lost="the ranks wait for each other for ever when one cannot write its part of a checkpoint",
+        parameters=("state_dict", "path"),
+    ),
+    Seam(
+        name="deepspeed.runtime.engine:DeepSpeedEngine",
+        ours="checkpoint/whole_checkpoints.py",
+        lost="the pointer to the states in a checkpoint, or its size before it is written",
+        attributes=("checkpoint_engine", "global_steps", "zero_optimization_partition_weights"),
+    ),
+    Seam(
+        name="deepspeed.launcher.runner:signal",
+        ours="nodes/launcher.py",
+        lost="over pdsh, ranks that are told to stop are killed while they save",
+    ),
     # --- DeepSpeed: groups of ranks
     Seam(
         name=f"{_GROUPS}:_get_sequence_data_parallel_group",

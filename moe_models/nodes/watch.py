@@ -240,6 +240,12 @@ def end_with(error: UserError, code: int = EXIT_WRONG_INPUT) -> NoReturn:
     exit_with(error, rank=local_rank, code=code)
 
 
+def last_words(lines: list[str], code: int) -> None:
+    """Let the other nodes, if there are any, end with these lines and this code."""
+    if _watch is not None:
+        _watch.say([f"{_watch.name}: {line}" for line in lines], code)
+
+
 def leave() -> None:
     """The run is complete."""
     if _watch is not None:

@@ -32,6 +32,11 @@ def flag_problems(given: Any, model_config: Mapping[str, Any], ds: DsConfig | No
         yield (
             "--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"
         )
+    if given.enable_jit_checkpoint:
+        yield (
+            "--enable_jit_checkpoint: each rank would stop at a step of its own; drop it, SIGTERM and SIGUSR1 save the "
+            "step without it"
+        )
     yield from length_problems(given.max_length, model_config)
     coefficient = given.router_aux_loss_coef
     if coefficient is None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from moe_models.errors import show
 from moe_models.families.config_json import HUB_ID
+from moe_models.held import LOCK_FILE, held_line, holder
+from moe_models.ranks import rank
 
 DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
 """File endings the recipes read as a data set."""
@@ -30,7 +32,9 @@ def check_output_dir(path: str | Path, resume: bool | str | None = None) -> list
         return [f"--output_dir {path}: is a file; give a folder"]
     if isinstance(resume, str):
         return _checkpoint_problems(Path(resume))
-    holds_something = path.is_dir() and any(path.iterdir())
+    if rank() == 0 and holder(path) is not None:  # the other ranks would meet rank 0's own
+        return [held_line(path)]
+    holds_something = path.is_dir() and any(entry.name != LOCK_FILE for entry in path.iterdir())
     checkpoints = [p for p in path.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     if resume and not checkpoints:
         remove = " and remove that folder" if holds_something else ""

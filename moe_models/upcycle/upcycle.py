@@ -32,6 +32,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moe_models.checkpoint.hf_folder import ExportError, HFFolderWriter
+from moe_models.disk import ends_if_full
 from moe_models.errors import Problems, UserError
 from moe_models.families.table import FAMILIES, Family
 from moe_models.files import restore_previous
@@ -297,14 +298,16 @@ def _write_folder(
             raise UserError(
                 f"output_dir={output}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f}; free some"
             )
-        _write_weights(writer, plan, headers, seed, progress)
-        moe_config.save_pretrained(writer.staging)
-        for file in dense.iterdir():
-            if _is_side_file(file):
-                shutil.copyfile(file, writer.staging / file.name)
+        with ends_if_full(output, ExportError, nbytes):
+            _write_weights(writer, plan, headers, seed, progress)
+            moe_config.save_pretrained(writer.staging)
+            for file in dense.iterdir():
+                if _is_side_file(file):
+                    shutil.copyfile(file, writer.staging / file.name)
         _check(writer.staging, plan)
         shards = len(list(writer.staging.glob("*.safetensors")))
-        writer.finish()
+        with ends_if_full(output, ExportError, nbytes):
+            writer.finish()
     except BaseException:
         writer.discard()
         raise

@@ -39,7 +39,7 @@ OTHER_FLAGS = {
     "num_gpus", "include", "hostfile", "node_rank", "nnodes", "local_rank", "no_ssh",  # deepspeed
     "master_addr", "master_port", "quiet", "module",
     "nproc_per_node", "use_deepspeed", "num_processes",  # torchrun, accelerate
-    "nodes", "gpus_per_node", "kill_on_bad_exit",  # sbatch, srun
+    "nodes", "gpus_per_node", "kill_on_bad_exit", "signal",  # sbatch, srun
     "no_deps", "help", "name",  # pip; everything; a placeholder
 }  # fmt: skip
 """Flags of other programs that the prose may name."""

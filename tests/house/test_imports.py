@@ -7,9 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FLOORS = (
-    ("ranks", "versions", "prmoe", "meter"),
+    ("ranks", "versions", "prmoe", "meter", "disk"),
     ("errors",),
-    ("files", "data"),
+    ("files", "data", "held"),
     ("families",),
     ("config", "nodes"),
     ("preflight",),

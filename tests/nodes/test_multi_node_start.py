@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -36,10 +37,18 @@ SRUN = """#!/usr/bin/env bash
 # srun OPTIONS... bash -c SCRIPT...: as two tasks, which differ in SLURM_NODEID
 while [ "$1" != bash ]; do echo "$1" >>"$LOG" && shift; done
 SLURM_NODEID=0 "$@" & first=$!
-SLURM_NODEID=1 "$@" && wait $first
+SLURM_NODEID=1 "$@" & second=$!
+trap 'kill -USR1 $first $second' USR1
+code=0
+for task in $first $second; do
+  until wait $task; last=$?; ! kill -0 $task 2>/dev/null; do :; done
+  [ $last = 0 ] || code=$last
+done
+exit $code
 """
 SCONTROL = """#!/bin/sh
-[ "$*" = "show hostnames gpu[3-4]" ] && printf '127.0.0.2\\n127.0.0.3\\n'
+[ "$*" = "show hostnames gpu[3-4]" ] && printf '127.0.0.2\\n127.0.0.3\\n' && exit
+echo "scontrol $*" >>"$LOG"
 """
 
 
@@ -149,17 +158,24 @@ def test_without_pdsh(workplace: Path) -> None:
     )
 
 
-def sbatch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def start_sbatch(folder: Path, *words: str, **more: str) -> subprocess.Popen[str]:
     """What SLURM does with the script on the first node of a job of two."""
     port = next(port for port in iter(free_port, None) if 20000 <= port < 40000)  # the script makes it of the job's id
     job = {"SLURM_JOB_ID": str(port - 20000), "SLURM_JOB_NODELIST": "gpu[3-4]", "SLURM_NNODES": "2"}
-    job |= {"SLURM_SUBMIT_DIR": str(folder), "SLURM_GPUS_ON_NODE": "1"}
+    job |= {"SLURM_SUBMIT_DIR": str(folder), "SLURM_GPUS_ON_NODE": "1", **more}
     spooled = folder / "bin" / "slurm_script"
     shutil.copy2(ROOT / "recipes" / "slurm.sbatch", spooled)
-    return subprocess.run(
-        ["bash", str(spooled), *words], cwd="/", env=environment(folder, **job), text=True, timeout=200,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    return subprocess.Popen(
+        ["bash", str(spooled), *words], cwd="/", env=environment(folder, **job), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def sbatch(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """:func:`start_sbatch`, to its end."""
+    job = start_sbatch(folder, *words, **more)
+    said, _ = job.communicate(timeout=200)
+    return subprocess.CompletedProcess(job.args, job.returncode, said)
 
 
 def test_slurm_starts_one_launcher_on_each_node(workplace: Path) -> None:
@@ -194,3 +210,47 @@ def test_slurm_trains(workplace: Path) -> None:
     done = sbatch(workplace, "finetune", *training(workplace))
     assert done.returncode == 0, done.stdout
     check_trained(workplace)
+
+
+def say_until(process: subprocess.Popen[str], words: str) -> str:
+    """What it printed up to the line with ``words``."""
+    assert process.stdout is not None
+    said = ""
+    while words not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    return said
+
+
+@pytest.mark.conformance
+def test_slurm_saves_ahead_of_the_time_limit_and_goes_on(workplace: Path) -> None:
+    """SIGUSR1 to the script: both nodes stop at one step, the job is queued again, and its next start goes on."""
+    words = [*training(workplace), "--max_steps", "40", "--logging_steps", "1"]
+    job = start_sbatch(workplace, "finetune", *words)
+    say_until(job, "'loss'")
+    job.send_signal(signal.SIGUSR1)
+    said, _ = job.communicate(timeout=100)
+    assert job.returncode != 0, said
+    assert "is saved in" in said, said
+    assert "scontrol requeue " in (workplace / "log").read_text()
+    assert not (workplace / "out" / "summary.json").exists()
+
+    done = sbatch(workplace, "finetune", *words, SLURM_RESTART_COUNT="1")
+    assert done.returncode == 0, done.stdout
+    assert json.loads((workplace / "out" / "summary.json").read_text())["steps"] == 40
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_over_pdsh(workplace: Path, number: signal.Signals) -> None:
+    """run.sh asks pdsh to signal a rank on each machine; the ranks save, and it answers 143."""
+    (workplace / ".deepspeed_env").write_text("".join(f"{k}={v}\n" for k, v in ENVIRONMENT.items() if k != "RANK"))
+    run = run_sh(
+        workplace, "finetune", *training(workplace), "--max_steps", "400", "--logging_steps", "1", HOSTFILE="hosts"
+    )
+    say_until(run, "'loss'")
+    run.send_signal(number)
+    said, _ = run.communicate(timeout=100)
+    assert run.returncode == 143, said
+    assert "is saved in" in said, said

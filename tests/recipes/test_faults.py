@@ -183,6 +183,8 @@ def test_kill_of_the_launcher_itself_is_not_success(model: Path, data: Path, tmp
         assert ended.code == 0, "deepspeed reports it now: drop the sentence about it from the recipe's docstring"
         assert not (out / "summary.json").exists()
         assert not (out / "model").exists()
+        _, alive = psutil.wait_procs(list(processes.values()), timeout=60)
+        assert not alive, "the ranks must notice that their launcher is gone"
     finally:
         for process in processes.values():
             process.kill()

@@ -99,6 +99,13 @@ FLAG_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"use_peft": True},
         ["--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole"],
     ),
+    "transformers' checkpoint on SIGTERM": (
+        {"enable_jit_checkpoint": True},
+        [
+            "--enable_jit_checkpoint: each rank would stop at a step of its own; drop it, SIGTERM and SIGUSR1 save the "
+            "step without it"
+        ],
+    ),
     "remote code": (
         {"trust_remote_code": True},
         ["--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"],

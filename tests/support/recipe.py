@@ -120,6 +120,7 @@ def start_launcher(
     count, port = str(world_size), str(free_port())
     words = {
         "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", count, "--master_port", port],
+        "run.sh": ["moe_models.nodes.launcher", "--num_gpus", count, "--master_port", port],
         "torchrun": ["torch.distributed.run", "--nproc_per_node", count, "--master_port", port],
         "accelerate": [
             "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1", "--num_processes", count,

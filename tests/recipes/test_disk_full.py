@@ -1,0 +1,229 @@
+"""A full disk, on file systems of a few megabytes: one line, exit code 1, nothing half left, what was complete whole.
+
+Marker ``tmpfs``: needs root that may mount. What is checked before writing is switched off where the writing itself is
+to fail, as it does when other programs fill the disk meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import runpy
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_models import disk
+from moe_models.checkpoint.space import room_warnings
+from tests.support.cluster import Cluster, free_port
+from tests.support.recipe import (
+    ROOT,
+    ForkedRecipe,
+    command,
+    largest_difference,
+    run_alone,
+    save_model,
+    start_in_cluster,
+    text_rows,
+    train_in_cluster,
+    write_jsonl,
+)
+
+Clusters = Callable[[int], Cluster]
+
+
+@contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[Path]:
+    """A file system of its own at ``folder``."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def arguments(folder: Path, out: Path, **more: Any) -> list[str]:
+    flags = {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 2, "report_to": "none", **more}
+    return command(folder / "model", folder / "train.jsonl", ROOT / "ds_configs" / "zero1_ep2.json", out, **flags)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("disk")
+    save_model(folder / "model", hidden_size=64, intermediate_size=128)
+    write_jsonl(folder / "train.jsonl", text_rows(20))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------- on small disks
+
+
+def train_unchecked(words: list[str]) -> tuple[str, str]:
+    """(type, message) of what this rank raises when nothing looks at the disk beforehand."""
+    from moe_models.checkpoint import export, whole_checkpoints
+
+    before = whole_checkpoints.checkpoint_bytes, export.free_bytes
+    whole_checkpoints.checkpoint_bytes = lambda engine: 1
+    export.free_bytes = lambda path: 10**15
+    try:
+        trainer, *_ = start_in_cluster(words)
+        trainer.train(resume_from_checkpoint="true" in words or None)
+        trainer.save_model()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    finally:
+        whole_checkpoints.checkpoint_bytes, export.free_bytes = before
+    return "", ""
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*"))
+
+
+@pytest.mark.tmpfs
+@pytest.mark.timeout(900)
+def test_the_disk_fills_while_something_is_written(inputs: Path, clusters: Clusters, tmp_path: Path) -> None:
+    """At ten points, from the first file to the export: all ranks end with one line; the rest is whole and goes on."""
+    undisturbed = clusters(2).run(train_in_cluster, arguments(inputs, tmp_path / "undisturbed"))[0]["folder"]
+    one = folder_bytes(tmp_path / "undisturbed" / "checkpoint-2")
+    model = folder_bytes(tmp_path / "undisturbed" / "model")
+    # In parts of what is written: three in the first checkpoint, four in the second, three in the export.
+    points = [0.05 * one, 0.5 * one, 0.99 * one, *(one + part * one for part in (0.03, 0.3, 0.7, 0.99))]
+    points += [2 * one + part * model for part in (0.2, 0.6, 0.97)]
+    for number, point in enumerate(points):
+        with small_disk(tmp_path / f"disk{number}", int(point) // 1024 + 8) as folder:
+            out = folder / "out"
+            told = clusters(2).run(train_unchecked, arguments(inputs, out))
+            complete = int(point // one)
+            kind = "CheckpointError" if complete < 2 else "ExportError"
+            assert [rank[0] for rank in told] == [kind, kind], (number, told)
+            assert told[0] == told[1]
+            assert disk.FULL in told[0][1], (number, told)
+            assert "\n" not in told[0][1]
+            there = sorted(path.name for path in out.iterdir() if path.name != "expert_load.jsonl")
+            assert there == ["checkpoint-2", "checkpoint-4"][:complete], number
+            assert folder_bytes(out) <= complete * one * 1.02 + 8192, "what was not complete must leave the disk"
+            # What is complete exports, elsewhere, and the run goes on from it where there is room.
+            if complete:
+                last = out / there[-1]
+                offline = tmp_path / f"offline{number}"
+                runpy.run_path(str(ROOT / "recipes" / "export.py"))["export_checkpoint"](last, offline, "5GB")
+                more = {"resume_from_checkpoint": last}
+                elsewhere = tmp_path / f"resumed{number}"
+                result = clusters(2).run(train_in_cluster, arguments(inputs, elsewhere, **more))[0]
+                assert largest_difference(result["folder"], undisturbed) == 0.0
+
+
+@pytest.mark.tmpfs
+def test_room_is_looked_for_before_it_is_needed(inputs: Path, clusters: Clusters, tmp_path: Path) -> None:
+    """Nothing of a checkpoint or an export is written that cannot fit, and the size that is said is the size."""
+    reference = clusters(2).run(train_in_cluster, arguments(inputs, tmp_path / "reference", save_steps=4))
+    assert reference[0]["steps"] == 4
+    one = folder_bytes(tmp_path / "reference" / "checkpoint-4")
+    with small_disk(tmp_path / "disk", int(one * 1.5) // 1024) as folder:
+        told = clusters(2).run(train_and_tell, arguments(inputs, folder / "out"))
+        assert told[0][:2] == told[1][:2]
+        kind, message, needed = told[0]
+        assert kind == "CheckpointError"
+        assert message.startswith(f"{folder}/out: the disk is full: {disk.size(needed)} needed, "), message
+        assert message.endswith(f"the last complete checkpoint is {folder}/out/checkpoint-2")
+        assert 0.9 < needed / one <= 1.0, "a lower bound, and close"
+        assert not (folder / "out" / ".writing").exists()
+
+
+def train_and_tell(words: list[str]) -> tuple[str, str, int]:
+    from moe_models.checkpoint.space import checkpoint_bytes
+
+    trainer, *_ = start_in_cluster(words)
+    try:
+        trainer.train()
+    except Exception as error:
+        return type(error).__name__, str(error), checkpoint_bytes(trainer.model_wrapped)
+    return "", "", 0
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("layout", ["zero1_ep2", "zero2_ep2", "zero3_ep2", "zero3", "zero1_ep2_native"])
+def test_the_size_of_a_checkpoint(layout: str, inputs: Path, clusters: Clusters, tmp_path: Path) -> None:
+    """The estimate is a lower bound within a tenth; pickles and scripts are the rest, here of a small model."""
+    words = arguments(inputs, tmp_path / "out", deepspeed=ROOT / "ds_configs" / f"{layout}.json")
+    estimated = clusters(2).run(size_after_training, words)
+    assert estimated[0] == estimated[1]
+    size = folder_bytes(tmp_path / "out" / "checkpoint-4")
+    assert 0.8 < estimated[0] / size <= 1.0, (estimated, size)
+
+
+def size_after_training(words: list[str]) -> int:
+    from moe_models.checkpoint.space import checkpoint_bytes
+
+    trainer, *_ = start_in_cluster(words)
+    trainer.train()
+    return checkpoint_bytes(trainer.model_wrapped)
+
+
+@pytest.mark.tmpfs
+@pytest.mark.parametrize("kib", [64, 1400])
+def test_the_cache_of_the_data(inputs: Path, kib: int, tmp_path: Path) -> None:
+    """datasets and pyarrow report it in their own ways; the line names the cache, not the data."""
+    data = write_jsonl(tmp_path / "train.jsonl", text_rows(4000))
+    one_rank = {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    # In kB: in the table that datasets makes of the file, and in the tokens that TRL makes of that.
+    with small_disk(tmp_path / "cache", kib) as cache:
+        words = arguments(inputs, tmp_path / "out", deepspeed=ROOT / "ds_configs" / "zero3.json", dataset_name=data)
+        ended = run_alone(words, HF_DATASETS_CACHE=str(cache / "datasets"), **one_rank)
+        assert ended.code == 1, ended
+        (line,) = ended.errors
+        assert f"{disk.FULL}: " in line, line
+        assert str(cache) in line, line
+        assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.tmpfs
+def test_offline_export(inputs: Path, clusters: Clusters, tmp_path: Path) -> None:
+    """recipes/export.py: exit code 1, and the folder that was there before is untouched."""
+    clusters(2).run(train_in_cluster, arguments(inputs, tmp_path / "out"))
+    recipe = ForkedRecipe(ROOT / "recipes" / "export.py")
+    with small_disk(tmp_path / "disk", 64) as folder:
+        ended = recipe(["--checkpoint", str(tmp_path / "out" / "checkpoint-4"), "--output_dir", str(folder / "model")])
+        assert ended.code == 1, ended
+        (line,) = ended.errors
+        assert line.startswith(f"{folder}/model: {disk.FULL}: "), line
+        assert list(folder.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------- without a disk
+
+
+def test_which_errors_mean_a_full_disk() -> None:
+    """By errno, by what it was raised from, by the words that libraries copy; not by every failed write."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert disk.is_full(full)
+    assert disk.is_full(OSError(errno.EDQUOT, "x"))
+    wrapped = ValueError("An error occurred while generating the dataset")
+    wrapped.__cause__ = full
+    assert disk.is_full(wrapped)
+    assert disk.is_full(Exception("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert not disk.is_full(OSError(errno.EACCES, "Permission denied"))
+    assert not disk.is_full(RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos 4544 vs 4436"))
+    assert disk.is_failed_write(RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos 4544 vs 4436"))
+    assert not disk.is_failed_write(RuntimeError("Connection closed by peer"))
+
+
+def test_the_warning_counts_what_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("moe_models.checkpoint.space.free_bytes", lambda path: 1000)
+
+    def warned(**more: Any) -> bool:
+        given = {"checkpoint": 100, "export": 50, "limit": None, "planned": 5, "present": 0, **more}
+        return bool(room_warnings(tmp_path, **given))
+
+    assert not warned(planned=9)  # 9 x 100 + 50
+    assert warned(planned=10)
+    assert not warned(planned=1000, limit=9)  # 10 while the last one grows
+    assert warned(planned=1000, limit=10)
+    assert not warned(planned=1000, limit=12, present=4)  # these are on the disk already
+    assert warned(planned=2, export=900)
