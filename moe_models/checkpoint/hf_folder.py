@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from moe_models.checkpoint.shards import Expected, ShardFiles, plan_shards
+from moe_models.checkpoint.threads import each
 from moe_models.errors import RunError, one_line, some_of
 from moe_models.files import _sync, replace_folder, restore_previous
 
@@ -66,8 +67,12 @@ class TensorWriter:
         with _refusals_of_the_disk(staging):
             self._files = ShardFiles(staging, self._shards, create=create)
 
+    def add_all(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write several, as :meth:`add` does."""
+        each(lambda item: self.add(*item), tensors.items())
+
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor (CPU, any stride)."""
+        """Write one tensor (CPU, any stride). Threads may call it for different names."""
         # 1. Refuse what the finished folder must not hold.
         if name not in self._expected:
             raise ExportError(f"{name}: not a tensor of this model's Hugging Face checkpoint")
