@@ -264,6 +264,7 @@ def test_a_run_whose_disk_fills_ends_with_one_line(name: str, inputs: Path, tmp_
         assert disk.FULL in line
         assert str(small) in line
         assert "Traceback" not in ended.stderr, ended
+        assert ("the load of the experts is not logged" in ended.stderr) is (name == "expert_load.jsonl"), ended
         there = sorted(path.name for path in out.iterdir() if path.name not in ("expert_load.jsonl", ".held"))
         assert there == fills.saved + (["model"] if fills.has_model else [])
 
@@ -330,6 +331,29 @@ def test_the_cache_of_the_data(inputs: Path, kib: int, tmp_path: Path) -> None:
         assert f"{disk.FULL}: " in line, line
         assert str(cache) in line, line
         assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.tmpfs
+def test_the_log_of_the_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It alone does not end a run: a warning, no half line, and it goes on where there is room again."""
+    from moe_models.routing.callback import Routing
+    from tests.support.stops.sitecustomize import fill
+
+    routing = object.__new__(Routing)
+    routing._warned_of_the_disk = False
+    with small_disk(tmp_path / "disk", 64) as small:
+        file = small / "expert_load.jsonl"
+        routing._append(file, "first\n")
+        fill(str(small))
+        for _ in range(2):
+            routing._append(file, "x" * 10_000 + "\n")
+        assert file.read_text() == "first\n"
+        said = capsys.readouterr().err
+        assert said.count("warning: ") == 1
+        assert f"{file}: {disk.FULL}: " in said
+        (small / FILLER).unlink()
+        routing._append(file, "last\n")
+        assert file.read_text() == "first\nlast\n"
 
 
 @pytest.mark.tmpfs

@@ -54,7 +54,7 @@ class Storm:
     point: Point
     number: signal.Signals
     to: str
-    """The processes that are signalled: names of :class:`Point`, joined by +."""
+    """The processes that are signalled: names as in ``Point.who``, joined by +."""
     saved: list[int]
     """Steps whose checkpoints are there afterwards."""
     launcher: str = "run.sh"
