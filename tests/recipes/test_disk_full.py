@@ -102,6 +102,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 @pytest.mark.tmpfs
+@pytest.mark.conformance
 @pytest.mark.timeout(900)
 def test_the_disk_fills_while_something_is_written(
     inputs: Path, undisturbed: dict[str, Any], clusters: Clusters, tmp_path: Path
@@ -172,7 +173,6 @@ KINDS = {
     "summary": exporting("moe_models.files:write", error="RunError", has_model=True),
 }
 """Files that the ranks write one after the other; each fills the disk for all that follow."""
-DAILY = ("optimizer", "export: index")
 
 
 def train_and_fill(words: list[str], fills: Fills, small: Path) -> tuple[str, str]:
@@ -207,9 +207,7 @@ def train_and_fill(words: list[str], fills: Fills, small: Path) -> tuple[str, st
 
 @pytest.mark.tmpfs
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "name", [name if name in DAILY else pytest.param(name, marks=pytest.mark.conformance) for name in KINDS]
-)
+@pytest.mark.parametrize("name", KINDS)
 def test_the_disk_fills_before_a_kind_of_file(
     name: str, inputs: Path, undisturbed: dict[str, Any], clusters: Clusters, tmp_path: Path
 ) -> None:
