@@ -3,7 +3,7 @@
 A cold ``import deepspeed`` costs about ten seconds, so a cluster of N gloo ranks lives for the whole test session and
 runs one module-level function after another on all ranks (:meth:`Cluster.run`). A rank that raises sends its traceback;
 a rank that dies or does not answer in time ends the whole cluster, and the next call starts a fresh one. Ranks are
-forked from a server process that has the imports behind it, so that a fresh cluster costs a second.
+forked from a server process that has the imports behind it (tests/support/warm.py), so a fresh cluster costs a second.
 """
 
 from __future__ import annotations
@@ -15,20 +15,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
-
-HEAVY = [
-    "trl", "trl.scripts.utils", "trl.trainer.sft_config", "trl.trainer.model_config", "deepspeed", "datasets",
-    "moe_models.trainer",
-]  # fmt: skip
-"""What the server of :func:`forking` imports."""
 
 
 def forking() -> Any:
     """A multiprocessing context whose processes start with the heavy imports done. For CPU processes only."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.recipe", *HEAVY])
+    context.set_forkserver_preload(["tests.support.warm"])
     return context
 
 
@@ -87,16 +81,17 @@ class Cluster:
         waiting = set(range(self.world_size))
         failures: dict[int, str] = {}
         while waiting and time.monotonic() < deadline and not failures:
+            answers = [self._pipes[rank] for rank in waiting]
+            deaths = [self._processes[rank].sentinel for rank in waiting]
+            ready = wait([*answers, *deaths], timeout=max(0.0, deadline - time.monotonic()))
             for rank in sorted(waiting):
-                if not self._pipes[rank].poll(0.02):
-                    if not self._processes[rank].is_alive():
-                        failures[rank] = f"process died with exit code {self._processes[rank].exitcode}"
-                        waiting.discard(rank)
+                pipe, process = self._pipes[rank], self._processes[rank]
+                if pipe not in ready and process.sentinel not in ready:
                     continue
                 try:
-                    ok, payload = self._pipes[rank].recv()
+                    ok, payload = pipe.recv() if pipe.poll() else (False, _death(process))
                 except EOFError:
-                    ok, payload = False, f"process died with exit code {self._processes[rank].exitcode}"
+                    ok, payload = False, _death(process)
                 waiting.discard(rank)
                 if ok:
                     results[rank] = payload
@@ -125,6 +120,11 @@ class Cluster:
                 if not ok:
                     found[rank] = payload
         return found
+
+
+def _death(process: Any) -> str:
+    process.join(5)
+    return f"process died with exit code {process.exitcode}"
 
 
 def _worker(pipe: Connection, rank: int, world_size: int, store: str, port: int) -> None:
