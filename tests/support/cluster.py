@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 
@@ -31,10 +34,18 @@ class ChildError(AssertionError):
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago (the caller binds it at once)."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port that was free a moment ago.
+
+    It lies below those that the kernel hands out, so no process group of another test takes it before a launcher, which
+    imports for seconds, binds it.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    choose = random.SystemRandom()  # tests seed the other one
+    while True:
+        port = choose.randrange(10_000, max(lowest, 20_000))
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Cluster:
