@@ -92,12 +92,12 @@ class Cluster:
         waiting = set(range(self.world_size))
         failures: dict[int, str] = {}
         while waiting and time.monotonic() < deadline and not failures:
-            answers = [self._pipes[rank] for rank in waiting]
-            deaths = [self._processes[rank].sentinel for rank in waiting]
-            ready = wait([*answers, *deaths], timeout=max(0.0, deadline - time.monotonic()))
+            # A child that a rank leaves behind may keep both open, so a look at the process itself each second.
+            opened = [end for rank in waiting for end in (self._pipes[rank], self._processes[rank].sentinel)]
+            ready = wait(opened, timeout=1)
             for rank in sorted(waiting):
                 pipe, process = self._pipes[rank], self._processes[rank]
-                if pipe not in ready and process.sentinel not in ready:
+                if pipe not in ready and process.is_alive():
                     continue
                 try:
                     ok, payload = pipe.recv() if pipe.poll() else (False, _death(process))
@@ -149,6 +149,11 @@ def _worker(pipe: Connection, rank: int, world_size: int, store: str, port: int)
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    serve(pipe)
+
+
+def serve(pipe: Connection) -> None:
+    """Run what comes through the pipe, one after another, until it is closed."""
     while True:
         try:
             function, args, kwargs = pipe.recv()
