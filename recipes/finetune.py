@@ -122,11 +122,18 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
         raise
 
     # 3. Train, and make a Hugging Face folder of the result.
-    if rank() == 0:  # a summary says that its run ended; this one has not
+    from moe_models.routing.callback import LOAD_FILE
+
+    resume = resume_value(args.resume_from_checkpoint)
+    if rank() == 0:
+        # A summary says that its run ended; this one has not. The log of a run that was killed before its first
+        # checkpoint is not this one's.
         (Path(args.output_dir) / SUMMARY).unlink(missing_ok=True)
+        if resume is None:
+            (Path(args.output_dir) / LOAD_FILE).unlink(missing_ok=True)
     try:
         with ends_if_full(args.output_dir, RunError):
-            trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
+            trainer.train(resume_from_checkpoint=resume)
             evaluate_and_export(trainer, ds, eval_rows)
     except ToldToStopError as told:
         end_as_told(told)

@@ -166,10 +166,10 @@ SEAMS = (
         called_in=_TRAINER,
     ),
     Seam(
-        name=f"{_TRAINER}:rotate_checkpoints",
+        name="transformers.trainer_utils:sort_checkpoints",
         ours="checkpoint/whole_checkpoints.py",
         lost="--save_total_limit",
-        parameters=("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
+        parameters=("output_dir", "use_mtime"),
     ),
     Seam(
         name="transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS",
@@ -387,6 +387,11 @@ SEAMS = (
         name="deepspeed.launcher.runner:signal",
         ours="nodes/launcher.py",
         lost="over pdsh, ranks that are told to stop are killed while they save",
+    ),
+    Seam(
+        name="deepspeed.launcher.runner:subprocess",
+        ours="nodes/launcher.py",
+        lost="./run.sh ends with 0 when its child was killed",
     ),
     # --- DeepSpeed: groups of ranks
     Seam(
