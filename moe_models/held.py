@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from moe_models.errors import UserError
@@ -21,6 +22,8 @@ SECONDS_TO_WAIT = 10
 
 _descriptor: int | None = None
 _path: Path | None = None
+_made: list[Path] = []
+"""The folders that :func:`hold` made, the innermost first."""
 
 
 def hold(folder: Path) -> None:
@@ -28,7 +31,8 @@ def hold(folder: Path) -> None:
 
     Raises UserError that names the holder if another process has it.
     """
-    global _descriptor, _path
+    global _descriptor, _path, _made
+    _made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     deadline = time.monotonic() + SECONDS_TO_WAIT
@@ -63,6 +67,15 @@ def let_go() -> None:
         _path.unlink(missing_ok=True)
         os.close(_descriptor)
         _descriptor = None
+
+
+def give_up() -> None:
+    """The run is refused: nothing is left of :func:`hold`, and no folder that it made, unless something is in it."""
+    let_go()
+    with suppress(OSError):
+        for folder in _made:
+            folder.rmdir()
+    _made.clear()
 
 
 def holder(folder: Path) -> str | None:
