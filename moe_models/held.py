@@ -6,6 +6,7 @@ since when. On a file system without locks there is no protection.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 from moe_models.errors import UserError
 
 LOCK_FILE = ".held"
-"""In the output folder; gone when a run is complete."""
+"""In the output folder; gone when a run has ended by itself."""
 SECONDS_TO_WAIT = 10
 """For the last moments of a run that was killed: workers of its data loader live some seconds longer."""
 
@@ -27,17 +28,23 @@ _made: list[Path] = []
 
 
 def hold(folder: Path) -> None:
-    """Hold ``folder``, which is made, until :func:`let_go` or the end of this process.
+    """Hold ``folder``, which is made, until :func:`let_go` or the end of this process, which calls it if it can.
 
     Raises UserError that names the holder if another process has it.
     """
     global _descriptor, _path, _made
     _made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(parents=True)
+        _made = folder
     path = folder / LOCK_FILE
     deadline = time.monotonic() + SECONDS_TO_WAIT
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # its holder ended just now, and removed the folder that it had made
+            folder.mkdir(parents=True, exist_ok=True)
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -58,15 +65,20 @@ def hold(folder: Path) -> None:
     _descriptor = descriptor
     _path = path
     os.register_at_fork(after_in_child=_not_the_childs)
+    atexit.register(let_go)
 
 
 def let_go() -> None:
-    """The run is complete: remove the file, and the lock with it."""
+    """The run is at its end: remove the file, the lock with it, and a folder that holds nothing else."""
     global _descriptor
-    if _descriptor is not None and _path is not None:
-        _path.unlink(missing_ok=True)
-        os.close(_descriptor)
-        _descriptor = None
+    if _descriptor is None or _path is None:
+        return
+    _path.unlink(missing_ok=True)
+    os.close(_descriptor)
+    _descriptor = None
+    if _made is not None:
+        with suppress(OSError):
+            _made.rmdir()
 
 
 def give_up() -> None:
@@ -134,5 +146,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 def _not_the_childs() -> None:
     """A forked child closes its copy, else it would hold the lock after the run's end."""
+    global _descriptor
     if _descriptor is not None:
         os.close(_descriptor)
+        _descriptor = None
