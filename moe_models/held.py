@@ -28,15 +28,13 @@ _made: list[Path] = []
 
 
 def hold(folder: Path) -> None:
-    """Hold ``folder``, which is made, until :func:`let_go` or the end of this process, which calls it if it can.
+    """Hold ``folder``, which is made, until :func:`let_go` or the end of this process.
 
     Raises UserError that names the holder if another process has it.
     """
     global _descriptor, _path, _made
     _made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with suppress(FileExistsError):
-        folder.mkdir(parents=True)
-        _made = folder
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     deadline = time.monotonic() + SECONDS_TO_WAIT
     while True:
@@ -65,24 +63,20 @@ def hold(folder: Path) -> None:
     _descriptor = descriptor
     _path = path
     os.register_at_fork(after_in_child=_not_the_childs)
-    atexit.register(let_go)
+    atexit.register(give_up)
 
 
 def let_go() -> None:
-    """The run is at its end: remove the file, the lock with it, and a folder that holds nothing else."""
+    """The run is at its end: remove the file, and the lock with it."""
     global _descriptor
-    if _descriptor is None or _path is None:
-        return
-    _path.unlink(missing_ok=True)
-    os.close(_descriptor)
-    _descriptor = None
-    if _made is not None:
-        with suppress(OSError):
-            _made.rmdir()
+    if _descriptor is not None and _path is not None:
+        _path.unlink(missing_ok=True)
+        os.close(_descriptor)
+        _descriptor = None
 
 
 def give_up() -> None:
-    """The run is refused: nothing is left of :func:`hold`, and no folder that it made, unless something is in it."""
+    """Leave nothing of :func:`hold`, and no folder that it made, unless something is in it. Called at exit, too."""
     let_go()
     with suppress(OSError):
         for folder in _made:
