@@ -16,33 +16,15 @@ from torch import nn
 from moe_models.engine.fused import experts as fused_experts
 from moe_models.engine.fused import rows
 from moe_models.engine.fused.layer import FusedLayer, fuse, why_not
-from tests.support import parity
+from tests.support import moe_layer, parity
 from tests.support.cluster import Cluster
 
 TOLERANCE = 1e-5
 D, F = 32, 48
 
 
-def autoep_layer(E: int, K: int, ep_size: int = 1, ep_rank: int = 0, **changes: Any) -> Any:
-    """DeepSpeed's layer of the same random weights on every rank, as ``deepspeed.initialize`` builds it."""
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-    from deepspeed.module_inject.auto_ep_presets.base import AutoEPConfig, MoELayerSpec
-
-    torch.manual_seed(0)
-    source = nn.Module()
-    source.gate = nn.Linear(D, E, bias=False)
-    source.experts = nn.Module()
-    source.experts.gate_up_proj = nn.Parameter(torch.randn(E, 2 * F, D) / D**0.5)
-    source.experts.down_proj = nn.Parameter(torch.randn(E, D, F) / F**0.5)
-    spec = MoELayerSpec(
-        moe_module_name="mlp", model_family="qwen3_moe", router_name="gate", experts_name="experts",
-        expert_storage="fused_3d", expert_w1_name="gate_up_proj", expert_w2_name="down_proj", expert_w3_name=None,
-        num_experts=E, top_k=K, hidden_size=D, ffn_hidden_size=F, score_func="softmax", score_apply="post",
-        route_norm=K > 1, gate_bias=False, return_router_logits=False, router_logits_capture_target="none",
-        router_logits_capture_index=None, router_logits_capture_layer_name=None, has_shared_experts=False,
-        shared_experts_name="",
-    )  # fmt: skip
-    layer = AutoEPMoELayer(spec, source, ep_size, ep_rank, AutoEPConfig(enabled=True, autoep_size=ep_size, **changes))
+def autoep_layer(E: int, K: int, ep_size: int = 1, ep_rank: int = 0, **options: Any) -> Any:
+    layer = moe_layer.autoep_layer(D=D, F=F, E=E, K=K, ep_size=ep_size, ep_rank=ep_rank, **options)
     nn.init.normal_(layer.router.gate.weight)
     return layer
 
@@ -52,20 +34,6 @@ def fused_layer(E: int, K: int) -> Any:
     assert fuse(nn.ModuleList([layer])) == []
     assert isinstance(layer, FusedLayer)
     return layer
-
-
-def loop(layer: Any, x_TD: torch.Tensor) -> torch.Tensor:
-    """One token after the other, one expert after the other; on the layer's own choices."""
-    scores_TK, ids_TK, _ = layer.router(x_TD, None)
-    w1, w2, w3 = layer.experts.w1, layer.experts.w2, layer.experts.w3
-    outputs = []
-    for x_D, ids, scores in zip(x_TD, ids_TK.tolist(), scores_TK, strict=True):
-        y_D = torch.zeros(D)
-        for expert, score in zip(ids, scores, strict=True):
-            h_F = nn.functional.silu(w1[expert] @ x_D) * (w3[expert] @ x_D)
-            y_D = y_D + score * (w2[expert] @ h_F)
-        outputs.append(y_D)
-    return torch.stack(outputs)
 
 
 def gradients(layer: Any, compute: Callable[[torch.Tensor], torch.Tensor], x_TD: torch.Tensor) -> dict[str, Any]:
@@ -90,7 +58,7 @@ def deviation(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
 
 def compare(layer: Any, x_TD: torch.Tensor) -> float:
     ours = gradients(layer, lambda x: layer(x[None])[0], x_TD)
-    return deviation(ours, gradients(layer, lambda x: loop(layer, x), x_TD))
+    return deviation(ours, gradients(layer, lambda x: moe_layer.loop(layer, x), x_TD))
 
 
 def tokens(T: int = 40) -> torch.Tensor:
