@@ -17,6 +17,8 @@ import triton.language as tl
 
 TILE = 1024
 """Choices that one program of :func:`order` sorts."""
+GATHERED = 4
+"""Rows that one program of :func:`gather` reads."""
 SCAN = 8192
 """Counters that the one program in the middle of :func:`order` holds at a time."""
 
@@ -107,14 +109,19 @@ def order(ids_TK: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 @triton.jit
-def _gather(x, token, in_use, out, D: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    if row < tl.load(in_use):
-        source = tl.load(token + row).to(tl.int64)
+def _gather(x, token, in_use, out, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS rows in one program, so that their reads are under way together."""
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    count = tl.load(in_use)
+    if first_row < count:
         for first in range(0, D, BLOCK):
             column = first + tl.arange(0, BLOCK)
-            value = tl.load(x + source * D + column, mask=column < D)
-            tl.store(out + row * D + column, value, mask=column < D)
+            for i in tl.static_range(ROWS):
+                row = first_row + i
+                there = (column < D) & (row < count)
+                source = tl.load(token + row, mask=row < count, other=0).to(tl.int64)
+                value = tl.load(x + source * D + column, mask=there)
+                tl.store(out + row * D + column, value, mask=there)
 
 
 def gather(x_TD: torch.Tensor, token_R: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -123,7 +130,8 @@ def gather(x_TD: torch.Tensor, token_R: torch.Tensor, ends_E: torch.Tensor) -> t
     R = token_R.numel()
     D = x_TD.shape[1]
     out_RD = torch.empty(R, D, dtype=x_TD.dtype, device=x_TD.device)
-    _gather[(R,)](x_TD, token_R, ends_E[-1:], out_RD, D, min(2048, triton.next_power_of_2(D)), num_warps=4)
+    block = min(2048, triton.next_power_of_2(D))
+    _gather[(triton.cdiv(R, GATHERED),)](x_TD, token_R, ends_E[-1:], out_RD, D, block, GATHERED, num_warps=4)
     return out_RD
 
 
