@@ -17,7 +17,7 @@ import triton.language as tl
 
 TILE = 1024
 """Choices that one program of :func:`order` sorts."""
-GATHERED = 4
+GATHERED = 8
 """Rows that one program of :func:`gather` reads."""
 SCAN = 8192
 """Counters that the one program in the middle of :func:`order` holds at a time."""
@@ -131,7 +131,7 @@ def gather(x_TD: torch.Tensor, token_R: torch.Tensor, ends_E: torch.Tensor) -> t
     D = x_TD.shape[1]
     out_RD = torch.empty(R, D, dtype=x_TD.dtype, device=x_TD.device)
     block = min(2048, triton.next_power_of_2(D))
-    _gather[(triton.cdiv(R, GATHERED),)](x_TD, token_R, ends_E[-1:], out_RD, D, block, GATHERED, num_warps=4)
+    _gather[(triton.cdiv(R, GATHERED),)](x_TD, token_R, ends_E[-1:], out_RD, D, block, GATHERED, num_warps=8)
     return out_RD
 
 
