@@ -6,6 +6,8 @@ an object with one task; the methods below are the places where a Trainer calls 
 
 - :class:`~moe_models.routing.callback.Routing` logs the load of the experts and keeps it even, as
   ``"moe": {"balance": ...}`` says; :func:`~moe_models.routing.choice.choose_balancing` chooses which loss acts;
+- :func:`~moe_models.engine.fused.layer.fuse` gives AutoEP's layers the kernels that ``"moe": {"kernels": ...}`` asks
+  for;
 - :class:`~moe_models.engine.ulysses.Ulysses` gives each rank its part of a sequence;
 - :class:`~moe_models.engine.finite.FiniteWatch` ends a run whose loss, gradient or weights are not finite, before that
   reaches a checkpoint;
@@ -43,10 +45,11 @@ from moe_models.checkpoint.source import is_writer
 from moe_models.checkpoint.space import checkpoint_bytes, room_warnings
 from moe_models.checkpoint.whole_checkpoints import WholeCheckpoints, last_checkpoint
 from moe_models.config.layout import Degrees, autoep_section
-from moe_models.config.moe_section import Balance
+from moe_models.config.moe_section import Balance, Dispatch, Kernels
 from moe_models.engine.autoep import check_replaced, register_presets, restore_rotary_buffers
 from moe_models.engine.blocks import find_blocks
 from moe_models.engine.finite import FiniteWatch, TrainingStoppedError
+from moe_models.engine.fused.layer import fuse
 from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
 from moe_models.engine.native import mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.engine.plain_transformers import remember_shipped
@@ -81,6 +84,8 @@ class ExpertParallelTraining(Trainer):
         args: those of the Trainer.
         max_shard_bytes: largest file of the exported model.
         balance: ``"moe": {"balance": ...}`` of the JSON; None leaves the auxiliary loss to TRL and the model.
+        kernels: ``"moe": {"kernels": ...}``: "fused" for AutoEP's layers in fewer kernels.
+        dispatch: ``"moe": {"dispatch": ...}``: how tokens get to their experts' ranks then.
         kwargs: those of the Trainer.
 
     Raises:
@@ -101,6 +106,8 @@ class ExpertParallelTraining(Trainer):
         *args: Any,
         max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
         balance: Balance | None = None,
+        kernels: Kernels = "deepspeed",
+        dispatch: Dispatch = "auto",
         **kwargs: Any,
     ) -> None:
         check_seams()
@@ -112,6 +119,8 @@ class ExpertParallelTraining(Trainer):
         self.family: Family = FAMILIES[model.config.model_type]
         self.source_config = copy.deepcopy(model.config)
         self.max_shard_bytes = max_shard_bytes
+        self._kernels = kernels
+        self._dispatch = dispatch
         self.last_proof: ExportProof | None = None
         self.export_progress: Callable[[int, int], None] | None = None
         """Called with (tensors done, tensors in all) on the writing rank; a recipe may set it."""
@@ -231,10 +240,14 @@ class ExpertParallelTraining(Trainer):
         warn(lines)
 
     def _attach_routing(self) -> None:
-        """Check that AutoEP built what the JSON asks for, and watch the routers as they will be trained."""
+        """Check that AutoEP built what the JSON asks for, give it its kernels, and watch the routers."""
         if autoep_section(self._deepspeed_json) is not None:
             config = self.source_config.to_dict()
             check_replaced(self.model, self.family, config, self._asked_degrees().ep)
+            if self._kernels == "fused":
+                lines = fuse(self.model, self._dispatch)
+                if is_writer():
+                    warn(lines)
         ep_size = max(block.ep_size for block in find_blocks(self.model))
         peers = self.ulysses.group if self.ulysses else None
         self.routing.attach(self.model, ep_size, self.args.device, peers)

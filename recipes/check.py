@@ -44,6 +44,7 @@ from moe_models.planner.shares import state_bytes
 from moe_models.planner.traffic import Flow, spans_nodes, traffic
 from moe_models.preflight.advice import warnings_for_run
 from moe_models.preflight.flags import length_problems
+from moe_models.preflight.fused import dispatch_line
 from moe_models.preflight.run import check_run
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's parser is asked, and would look for a GPU
@@ -154,6 +155,7 @@ def print_case(case: Case, host: str) -> None:
         memory_lines(case),
         host,
         traffic_table(case),
+        *dispatch_lines(case),
     ]
     for part in parts:
         console.print(part)
@@ -366,6 +368,13 @@ def traffic_table(case: Case) -> RenderableType:
         if total:
             table.add_row("in all", "", "", amount(total), where, style="bold")
     return table
+
+
+def dispatch_lines(case: Case) -> Iterator[str]:
+    """How tokens travel under fused kernels, and why."""
+    line = dispatch_line(case.ds, case.model.config)
+    if line is not None:
+        yield f"[dim]{line}[/dim]\n"
 
 
 def _where(flow: Flow) -> str:

@@ -68,6 +68,7 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     from moe_models.engine.cpu import adapt_for_cpu, join_cpu_ranks, on_cpu
     from moe_models.engine.seams import check_seams
     from moe_models.preflight.flags import mismatch_problems
+    from moe_models.preflight.fused import dispatch_line
 
     check_seams()  # a run on libraries that changed would lose things without a word
 
@@ -94,6 +95,9 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     # 4. Say what will run.
     if ds.moe.layer is not None:
         notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
+    dispatch = dispatch_line(ds, model_config)
+    if dispatch is not None:
+        notes.append(dispatch)
     if rank() == 0:
         print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
         warn(start_warnings(ds, model_config, args, on_gpu=not on_cpu()))

@@ -237,6 +237,8 @@ def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, t
             processing_class=tokenizer,
             max_shard_bytes=parse_size(recipe.export_max_shard_size),
             balance=ds.moe.balance,
+            kernels=ds.moe.kernels,
+            dispatch=ds.moe.dispatch,
         )
     except ValueError as error:  # flags that TRL finds at odds with each other or with the data
         raise UserError(one_line(error)) from error

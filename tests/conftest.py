@@ -16,6 +16,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from tests.support import support_matrix
 from tests.support.cluster import Cluster

@@ -444,6 +444,50 @@ SEAMS = (
         attributes=("ep_size", "ep_group", "experts", "router", "expert_bias", "_is_autoep_layer"),
     ),
     Seam(
+        name=f"{_AUTOEP}:AutoEPMoELayer._forward",
+        ours="engine/fused/layer.py",
+        lost="fused kernels: the layers run DeepSpeed's own",
+        called_in=_AUTOEP,
+    ),
+    Seam(
+        name=f"{_AUTOEP}:AutoEPMoELayer._finalize_output",
+        ours="engine/fused/layer.py",
+        lost="fused kernels: shared experts and router logits",
+        parameters=("output", "x", "hidden_states", "hdim"),
+    ),
+    Seam(
+        name=f"{_AUTOEP}:AutoEPMoELayer",
+        ours="engine/fused/layer.py",
+        lost="fused kernels, or the load counters and the selection bias under them",
+        attributes=(
+            "ep_size", "ep_rank", "ep_group", "num_experts", "num_local_experts", "top_k", "score_apply",
+            "comm_backend", "folding_group_handles", "tokens_per_expert", "expert_bias",
+        ),
+    ),
+    Seam(
+        name=f"{_AUTOEP}:compute_split_plan",
+        ours="engine/fused/layer.py",
+        lost="fused kernels over an all-to-all",
+        parameters=(
+            "selected_experts", "num_experts", "ep_size", "num_local_experts", "ep_group", "num_tokens_per_expert",
+        ),
+    ),
+    Seam(
+        name="deepspeed.moe.ep_experts:GroupedExperts",
+        ours="engine/fused/experts.py",
+        lost="fused kernels",
+        attributes=("w1", "w2", "w3", "activation", "use_triton_grouped_mm"),
+    ),
+    Seam(
+        name="deepspeed.moe.ep_router:TokenChoiceTopKRouter",
+        ours="engine/fused/router.py",
+        lost="fused kernels: the router in one kernel",
+        attributes=(
+            "gate", "top_k", "num_experts", "num_expert_groups", "score_func", "route_norm", "route_scale",
+            "e_score_correction_bias",
+        ),
+    ),
+    Seam(
         name=f"{_PRESETS}:_PRESET_ADAPTERS",
         ours="engine/autoep.py",
         lost="the auxiliary loss of OLMoE under AutoEP",

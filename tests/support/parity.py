@@ -98,7 +98,7 @@ def build_trainer(
 
     forget_engines()
     config = copy.deepcopy(config)
-    moe = config.pop("moe", None)
+    moe = config.pop("moe", {})
     args = SFTConfig(
         output_dir=output_dir,
         **{
@@ -125,7 +125,7 @@ def build_trainer(
     )
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    if moe is not None:
+    if "layer" in moe:
         from moe_models.config.moe_section import MoeLayer
         from moe_models.engine.native import register_deepspeed_moe
         from moe_models.families.table import FAMILIES
@@ -138,6 +138,8 @@ def build_trainer(
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
         processing_class=tokenizer(),
         balance=None if balance is None else Balance(**balance),
+        kernels=moe.get("kernels", "deepspeed"),
+        dispatch=moe.get("dispatch", "auto"),
     )
     trainer.batches = []
     return trainer
