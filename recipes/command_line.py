@@ -67,6 +67,8 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
 
     from moe_models.engine.cpu import adapt_for_cpu, join_cpu_ranks, on_cpu
     from moe_models.engine.seams import check_seams
+    from moe_models.families.table import FAMILIES
+    from moe_models.preflight.adapters import adapter_targets, adapter_warnings
     from moe_models.preflight.flags import mismatch_problems
 
     check_seams()  # a run on libraries that changed would lose things without a word
@@ -77,6 +79,9 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     values["deepspeed"] = ds.deepspeed
     if ds.precision != "auto":
         values |= {"bf16": ds.precision == "bf16", "fp16": ds.precision == "fp16"}
+    if given.use_peft:
+        modules, parameters = adapter_targets(given, FAMILIES[model_config["model_type"]], model_config)
+        values |= {"lora_target_modules": modules or None, "lora_target_parameters": parameters or None}
     if on_cpu():
         values["deepspeed"], notes = adapt_for_cpu(ds.deepspeed)
         values |= {"bf16": False, "fp16": False, "dataloader_pin_memory": False}
@@ -96,7 +101,7 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
         notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
     if rank() == 0:
         print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
-        warn(start_warnings(ds, model_config, args, on_gpu=not on_cpu()))
+        warn([*start_warnings(ds, model_config, args, on_gpu=not on_cpu()), *adapter_warnings(given, model_config)])
     return script, recipe, args, model_args, ds
 
 
@@ -233,7 +238,7 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
     usage = f"deepspeed --num_gpus N {kind.recipe} --FLAG VALUE ..."  # instead of TRL's 200 flags on two pages
     parser = TrlParser(kinds, usage=usage, description=about, formatter_class=_Help, allow_abbrev=False)
     parser.set_defaults_with_config(
-        packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None,
+        packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None, lora_dropout=0.0,
         **({} if on_cpu() else GPU_LOADER), **kind.defaults,
     )  # fmt: skip
 

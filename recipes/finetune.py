@@ -10,6 +10,9 @@
     # the same in another layout: another JSON, another number of GPUs
     deepspeed --num_gpus 4 recipes/finetune.py ... --resume_from_checkpoint true --deepspeed ds_configs/zero3_ep4.json
 
+    # adapters (LoRA) on attention and experts instead of all weights; --lora_r and the other flags are TRL's own
+    deepspeed --num_gpus 2 recipes/finetune.py ... --deepspeed ds_configs/zero1_ep2.json --use_peft --lora_r 16
+
     # no GPU: two CPU processes, for trying things out (precision and optimizer are adapted, and it says so)
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 recipes/finetune.py ... --deepspeed ds_configs/zero1_ep2.json
 
@@ -30,6 +33,7 @@ and name it; if one fails later, the others end too.
 
 Results, in OUTPUT_DIR:
     model           the whole model under hub names, reloaded and compared with the trained one before it got its name
+    adapter         with --use_peft, instead: PEFT's own folder, read back by plain PEFT before it got its name
     checkpoint-N    what --resume_from_checkpoint goes on from
     summary.json    what was measured. It is written last: where it exists, the run came to its end. (Exit code 0 does
                     not prove that: deepspeed 0.19.8 also returns 0 when its own child was killed.)
@@ -115,7 +119,7 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
     with ends_if_full(data_cache(), RunError):
         train_rows, eval_rows = load_data(script, recipe, args)
         model, tokenizer = make_model(recipe, args, model_args, train_rows, ds)
-        trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows)
+        trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows, model_args)
 
     # 3. Train, and make a Hugging Face folder of the result.
     if rank() == 0:  # a summary says that its run ended; this one has not
@@ -204,10 +208,13 @@ def read_model(recipe: Any, args: Any, model_args: Any, train_rows: Any, ds: Any
     return model, tokenizer
 
 
-def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, train_rows: Any, eval_rows: Any) -> Any:
+def build_trainer(
+    model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, train_rows: Any, eval_rows: Any, model_args: Any
+) -> Any:
     """Put the trainer together. Raises UserError for a model and data that do not fit together."""
     from moe_models.checkpoint.reading import reading_bar
     from moe_models.data import warnings_for_rows
+    from moe_models.engine.lora import lora_config
     from moe_models.engine.native import register_deepspeed_moe
     from moe_models.families.table import FAMILIES
     from moe_models.files import parse_size
@@ -226,6 +233,7 @@ def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, t
             processing_class=tokenizer,
             max_shard_bytes=parse_size(recipe.export_max_shard_size),
             balance=ds.moe.balance,
+            peft_config=lora_config(model_args),
         )
     except ValueError as error:  # flags that TRL finds at odds with each other or with the data
         raise UserError(one_line(error)) from error
@@ -260,8 +268,10 @@ def evaluate_and_export(trainer: Any, ds: Any, eval_rows: Any) -> None:
 
 def summarise(trainer: Any, ds: Any, peak_gib: float) -> dict[str, Any]:
     """What `summary.json` holds."""
-    from moe_models.trainer import MODEL_FOLDER
+    from moe_models.engine.lora import is_adapted
+    from moe_models.trainer import ADAPTER_FOLDER, MODEL_FOLDER
 
+    adapted = is_adapted(trainer.model)
     speed = trainer.clock.speed
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -281,7 +291,7 @@ def summarise(trainer: Any, ds: Any, peak_gib: float) -> dict[str, Any]:
         "eval_loss_after": held_out[-1] if held_out else None,
         "verified": asdict(trainer.last_proof),
         "left_out": trainer.routing.left_out,
-        "checkpoint": str(Path(trainer.args.output_dir) / MODEL_FOLDER),
+        "checkpoint": str(Path(trainer.args.output_dir) / (ADAPTER_FOLDER if adapted else MODEL_FOLDER)),
     }
 
 
@@ -289,12 +299,18 @@ def print_summary(summary: dict[str, Any]) -> None:
     """The closing lines of a run."""
     proof = summary["verified"]
     held_out = [loss for loss in (summary["eval_loss_before"], summary["eval_loss_after"]) if loss is not None]
+    # Only an adapter's proof has a base model to compare with.
+    kind = "model"
+    reloaded = "no key missing"
+    if "median_without_adapter" in proof:
+        kind = "adapter"
+        reloaded = "by plain PEFT"
     lines = {
         "layout": summary["layout"],
         "speed": f"{summary['speed']['text']}, peak {summary['peak_memory_gib']} GiB per process",
         "slow steps": summary["speed"]["left_out"],
         "held-out loss": " -> ".join(f"{loss:.4f}" for loss in held_out),
-        "model": f"{summary['checkpoint']}  (reloaded: no key missing, logits within "
+        kind: f"{summary['checkpoint']}  (reloaded: {reloaded}, logits within "
         f"{proof['max_logit_difference']:.1e} of the trained model's, same top token at {proof['same_top1']:.0%})",
     }
     lines = {name: text for name, text in lines.items() if text}

@@ -65,7 +65,7 @@ class EngineSource:
         """See :class:`~moe_models.checkpoint.source.TensorSource`."""
         sizes = {block.ep_size: block for block in self._blocks.values()}
         group = sizes[max(sizes)].ep_group if sizes else None
-        if len(sizes) != 1 or group is None or not _reaches_writer(group):
+        if len(sizes) != 1 or group is None or not reaches_writer(group):
             return [0]
         return dist.get_process_group_ranks(group)
 
@@ -77,7 +77,7 @@ class EngineSource:
         for name in names:
             self._unasked.pop(name, None)
         with self._gathered([self._tensors[name] for name in names]):
-            if not _reaches_writer(block.ep_group):
+            if not reaches_writer(block.ep_group):
                 return None
             # 1. Each rank takes the fingerprints of its own experts, before they travel.
             local = block.experts(projection)
@@ -87,8 +87,8 @@ class EngineSource:
             if self.spread:
                 stacked = local.to("cpu", copy=self._zero3)
             else:
-                gathered = _gather_to_writer(local, block.ep_group)
-            all_prints = _gather_to_writer(prints, block.ep_group)
+                gathered = gather_to_writer(local, block.ep_group)
+            all_prints = gather_to_writer(prints, block.ep_group)
         if all_prints is not None:
             for expert, value in enumerate(all_prints.tolist()):
                 self.fingerprints[f"{path}.experts.{expert}.{projection}"] = value
@@ -106,7 +106,7 @@ class EngineSource:
         return deepspeed.zero.GatheredParameters(list(parameters), enabled=partitioned)
 
 
-def _reaches_writer(ep_group: Any) -> bool:
+def reaches_writer(ep_group: Any) -> bool:
     """Whether rank 0 needs this rank's experts: those of its own EP group, or just its own where it holds all.
 
     Other EP groups are replicas (expert data parallelism).
@@ -116,7 +116,7 @@ def _reaches_writer(ep_group: Any) -> bool:
     return 0 in dist.get_process_group_ranks(ep_group)
 
 
-def _gather_to_writer(local: torch.Tensor, ep_group: Any) -> torch.Tensor | None:
+def gather_to_writer(local: torch.Tensor, ep_group: Any) -> torch.Tensor | None:
     """Stack the shares of rank 0's EP group, [E_local, ...] -> [E, ...], on rank 0's CPU; None on the other ranks.
 
     One share after the other: a collective gather would need room for all E on rank 0's device, beside the training.

@@ -27,6 +27,7 @@ from moe_models.checkpoint.saved_states import KEYS, WEIGHT, SavedStates
 from moe_models.checkpoint.source import is_writer
 from moe_models.checkpoint.tp_shards import own_shard, split_dimension
 from moe_models.engine.blocks import ExpertParameter, find_blocks, whole_shape
+from moe_models.engine.lora import adapter_facts, checkpoints_of_trained_tensors, is_adapted, weights_from_masters
 from moe_models.engine.plain_checkpoints import reads_with
 from moe_models.errors import Problems, UserError
 from moe_models.families.table import Family
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 LAYOUT_FILE = "layout.json"
 """In a checkpoint folder: the layout that wrote it."""
+
+ADAPTERS = "adapters"
+"""Its key for what adapters the run trained; absent where all weights were."""
 
 
 def describe_engine(engine: Any) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def describe_engine(engine: Any) -> dict[str, Any]:
     if dist.is_initialized():
         world_size = dist.get_world_size()
     precision = next(p.dtype for p in engine.module.parameters())
-    return {
+    description: dict[str, Any] = {
         "world_size": world_size,
         "zero_stage": int(engine.zero_optimization_stage()),
         "experts": experts,
@@ -60,6 +64,9 @@ def describe_engine(engine: Any) -> dict[str, Any]:
         "tp_size": max(1, engine.autotp_size()),
         "precision": str(precision).removeprefix("torch."),
     }
+    if is_adapted(engine.module):
+        description[ADAPTERS] = adapter_facts(engine)
+    return description
 
 
 @contextmanager
@@ -76,7 +83,17 @@ def any_layout(family: Family) -> Iterator[None]:
     def load(engine: Any, checkpoint: str, **options: Any) -> None:
         saved = saved_layout(checkpoint)
         require_readable(Path(checkpoint), family, saved)
-        if saved is None or saved == describe_engine(engine):
+        here = describe_engine(engine)
+        adapters = here.get(ADAPTERS)
+        Problems(adapter_resume_problems(checkpoint, saved, adapters)).refuse()
+        if adapters is not None:
+            if saved != here:
+                raise UserError(other_layout_line(checkpoint))
+            with reads_with(engine, load_states), checkpoints_of_trained_tensors(engine):
+                load_own(engine, checkpoint, **options)
+            weights_from_masters(engine)
+            return
+        if saved is None or saved == here:
             with reads_with(engine, load_states):
                 load_own(engine, checkpoint, **options)
             return
@@ -91,6 +108,29 @@ def any_layout(family: Family) -> Iterator[None]:
         yield
     finally:
         trainer.deepspeed_load_checkpoint = load_own
+
+
+def adapter_resume_problems(
+    checkpoint: str | Path, saved: dict[str, Any] | None, adapters: dict[str, Any] | None
+) -> list[str]:
+    """A line if a run with these ``adapters`` (None: all weights) cannot go on from what the checkpoint trained."""
+    found = (saved or {}).get(ADAPTERS)
+    if found == adapters:
+        return []
+    if adapters is None:
+        return [f"--resume_from_checkpoint {checkpoint}: it trained an adapter; add --use_peft with its flags ({found})"]
+    if found is None:
+        return [f"--resume_from_checkpoint {checkpoint}: it trained all weights, no adapter; drop --use_peft"]
+    differing = [f"{name} {found.get(name)} there, {value} here" for name, value in adapters.items() if found.get(name) != value]
+    return [f"--resume_from_checkpoint {checkpoint}: it trained another adapter: {'; '.join(differing)}; give its flags"]
+
+
+def other_layout_line(checkpoint: str | Path) -> str:
+    """What is said of a checkpoint with adapters that another layout wrote."""
+    return (
+        f"--resume_from_checkpoint {checkpoint}: another layout wrote it, and adapters are resumed in their own only; "
+        "use the same number of ranks, ZeRO stage and autoep_size"
+    )
 
 
 def require_readable(checkpoint: Path, family: Family, saved: dict[str, Any] | None) -> None:
@@ -132,7 +172,10 @@ def _require_all_files(checkpoint: Path, family: Family, saved: dict[str, Any] |
         return
     step = find_step_folder(checkpoint)
     kinds = []
-    if saved["zero_stage"] < 3:
+    if ADAPTERS in saved:
+        if not (checkpoint / "adapter_model.safetensors").exists():
+            raise UserError(f"{checkpoint}: holds no adapter_model.safetensors; it is incomplete, use an earlier one")
+    elif saved["zero_stage"] < 3:
         FolderSource(checkpoint, family)
     else:
         kinds.append("model")
