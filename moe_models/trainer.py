@@ -39,6 +39,7 @@ from moe_models.checkpoint.adapter import AdapterProof, export_adapter, save_ada
 from moe_models.checkpoint.export import export_bytes
 from moe_models.checkpoint.export_engine import export_engine
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
+from moe_models.checkpoint.per_expert import AdapterLayout
 from moe_models.checkpoint.proof import ExportProof
 from moe_models.checkpoint.reading import reading_bar, refuse_unread, report_reading
 from moe_models.checkpoint.resume import any_layout
@@ -48,7 +49,7 @@ from moe_models.checkpoint.whole_checkpoints import WholeCheckpoints, last_check
 from moe_models.config.layout import Degrees, autoep_section
 from moe_models.config.moe_section import Balance
 from moe_models.engine.autoep import check_replaced, register_presets, restore_rotary_buffers
-from moe_models.engine.blocks import find_blocks
+from moe_models.engine.blocks import find_blocks, hf_model
 from moe_models.engine.finite import FiniteWatch, TrainingStoppedError
 from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
 from moe_models.engine.lora import (
@@ -127,10 +128,12 @@ class ExpertParallelTraining(Trainer):
         self.last_proof: ExportProof | AdapterProof | None = None
         self.export_progress: Callable[[int, int], None] | None = None
         """Called with (tensors done, tensors in all) on the writing rank; a recipe may set it."""
+        self.adapter_layout: AdapterLayout = "fused"
+        """Of the experts' factors in an exported adapter; a recipe may set it."""
 
         # 2. What must happen before the engine is built.
         restore_rotary_buffers(model)
-        remember_shipped(model)
+        remember_shipped(hf_model(model))
         register_presets()
         see_through_peft()
         self.ulysses: Ulysses | None = None
@@ -467,9 +470,7 @@ class ExpertParallelTraining(Trainer):
                     folder.mkdir(parents=True, exist_ok=True)
                     save_companions(folder, self.source_config, self.model.dtype, **companions)
             if is_adapted(self.model):
-                save_adapter_files(
-                    self.model_wrapped, self.family, self.source_config, folder, self.checkpoints.noting
-                )
+                save_adapter_files(self.model_wrapped, self.family, self.source_config, folder, self.checkpoints.noting)
             self.accelerator.wait_for_everyone()
             return
         self.last_proof = None
@@ -481,9 +482,20 @@ class ExpertParallelTraining(Trainer):
                 Path(output_dir or os.path.join(self.args.output_dir, ADAPTER_FOLDER)),
                 self.routing,
                 tokenizer=self.processing_class,
+                layout=self.adapter_layout,
             )
             return
-        self.last_proof = export_engine(
+        self.last_proof = self._export_model(output_dir)
+
+    def save_merged(self, output_dir: str | None = None) -> ExportProof | None:
+        """Export the whole model with the adapter added to its weights, as :meth:`save_model` does without one.
+
+        Returns what was compared, on the writing rank. Every rank must call it.
+        """
+        return self._export_model(output_dir)
+
+    def _export_model(self, output_dir: str | None) -> ExportProof | None:
+        return export_engine(
             self.model_wrapped,
             self.family,
             self.source_config,
@@ -491,7 +503,8 @@ class ExpertParallelTraining(Trainer):
             self.routing,
             max_shard_bytes=self.max_shard_bytes,
             progress=self.export_progress,
-            **companions,
+            tokenizer=self.processing_class,
+            generation_config=self.model.generation_config,
         )
 
     def _load_best_model(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe_models.errors import Problems, UserError, one_line, tell, warn
 from moe_models.ranks import rank, ranks_per_node, several_nodes, world_size
@@ -23,6 +23,22 @@ class RecipeArguments:
         metadata={"help": "Held-out data (like --dataset_name): its loss is reported before and after training."},
     )
     export_max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of the exported model."})
+    adapter_layout: Literal["fused", "per_expert"] = field(
+        default="fused",
+        metadata={
+            "help": "With --use_peft, how the adapter holds the experts' factors: PEFT's own way, or a pair for each "
+            "expert's matrix under the hub's names, which vLLM reads by default."
+        },
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "With --use_peft, the adapter (PEFT's folder) to go on from."}
+    )
+    export_merged: bool = field(
+        default=False,
+        metadata={
+            "help": "With --use_peft, write the whole model with the adapter added to it, too (OUTPUT_DIR/model)."
+        },
+    )
 
 
 def read_checkpoint_config(name: str) -> dict[str, Any]:
@@ -68,7 +84,7 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     from moe_models.engine.cpu import adapt_for_cpu, join_cpu_ranks, on_cpu
     from moe_models.engine.seams import check_seams
     from moe_models.families.table import FAMILIES
-    from moe_models.preflight.adapters import adapter_targets, adapter_warnings
+    from moe_models.preflight.adapters import adapter_warnings, chosen_adapter
     from moe_models.preflight.flags import mismatch_problems
 
     check_seams()  # a run on libraries that changed would lose things without a word
@@ -80,8 +96,8 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     if ds.precision != "auto":
         values |= {"bf16": ds.precision == "bf16", "fp16": ds.precision == "fp16"}
     if given.use_peft:
-        modules, parameters = adapter_targets(given, FAMILIES[model_config["model_type"]], model_config)
-        values |= {"lora_target_modules": modules or None, "lora_target_parameters": parameters or None}
+        adapter = chosen_adapter(given, FAMILIES[model_config["model_type"]], model_config)
+        values |= {"lora_target_modules": adapter.modules or None, "lora_target_parameters": adapter.parameters or None}
     if on_cpu():
         values["deepspeed"], notes = adapt_for_cpu(ds.deepspeed)
         values |= {"bf16": False, "fp16": False, "dataloader_pin_memory": False}
@@ -132,6 +148,7 @@ def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, An
 
     from moe_models.config.ds_config import load_ds_config
     from moe_models.engine.cpu import on_cpu
+    from moe_models.preflight.adapters import resume_problems
     from moe_models.preflight.flags import flag_problems
     from moe_models.preflight.run import check_run
 
@@ -146,6 +163,10 @@ def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, An
     if ds is not None and model_config is not None:
         problems.add(*check_run(ds, model_config, world_size()))
     problems.add(*flag_problems(given, model_config or {}, ds, on_gpu=not on_cpu()))
+    if ds is not None and model_config is not None:
+        with problems.note():
+            checkpoint = checkpoint_to_resume(given.output_dir, given.resume_from_checkpoint)
+            problems.add(*resume_problems(given, model_config, ds, world_size(), checkpoint))
 
     # 3. What was told already still ends the run.
     if paths.lines or ds is None or model_config is None:
@@ -289,6 +310,17 @@ def resume_value(value: str | None) -> bool | str | None:
     if word in ("none", "false"):
         return None
     return value
+
+
+def checkpoint_to_resume(output_dir: Any, resume_from_checkpoint: str | None) -> Path | None:
+    """The checkpoint that a run with these flags goes on from, if it is there."""
+    value = resume_value(resume_from_checkpoint)
+    if not value:
+        return None
+    if isinstance(value, str):
+        return Path(value)
+    found = [path for path in Path(output_dir or "").glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def describe(ds: Any) -> str:

@@ -127,7 +127,7 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
     try:
         with ends_if_full(args.output_dir, RunError):
             trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
-            evaluate_and_export(trainer, ds, eval_rows)
+            evaluate_and_export(trainer, recipe, ds, eval_rows)
     except ToldToStopError as told:
         end_as_told(told)
     except RunError:
@@ -214,7 +214,7 @@ def build_trainer(
     """Put the trainer together. Raises UserError for a model and data that do not fit together."""
     from moe_models.checkpoint.reading import reading_bar
     from moe_models.data import warnings_for_rows
-    from moe_models.engine.lora import lora_config
+    from moe_models.engine.lora import continued_adapter, lora_config
     from moe_models.engine.native import register_deepspeed_moe
     from moe_models.families.table import FAMILIES
     from moe_models.files import parse_size
@@ -224,6 +224,10 @@ def build_trainer(
     if ds.moe.layer is not None:
         with reading_bar(model, share=1 / ds.moe.layer.ep_size):
             model = register_deepspeed_moe(model, ds.moe.layer, FAMILIES[model.config.model_type])
+    peft_config = lora_config(model_args)
+    if recipe.adapter is not None:
+        model = continued_adapter(model, recipe.adapter, model_args)
+        peft_config = None  # it is on the model
     try:
         trainer = MoETrainer(
             model,
@@ -233,10 +237,11 @@ def build_trainer(
             processing_class=tokenizer,
             max_shard_bytes=parse_size(recipe.export_max_shard_size),
             balance=ds.moe.balance,
-            peft_config=lora_config(model_args),
+            peft_config=peft_config,
         )
     except ValueError as error:  # flags that TRL finds at odds with each other or with the data
         raise UserError(one_line(error)) from error
+    trainer.adapter_layout = recipe.adapter_layout
     trainer.clock = StepClock(lambda: trainer._total_train_tokens)
     trainer.add_callback(trainer.clock)
     if rank() == 0:  # it reads every prepared row
@@ -247,7 +252,7 @@ def build_trainer(
 # ------------------------------------------------------------------------------------------------ export, and a summary
 
 
-def evaluate_and_export(trainer: Any, ds: Any, eval_rows: Any) -> None:
+def evaluate_and_export(trainer: Any, recipe: Any, ds: Any, eval_rows: Any) -> None:
     """Held-out loss after training, the exported model with its proof, and `summary.json`."""
     from rich.progress import Progress
 
@@ -260,14 +265,15 @@ def evaluate_and_export(trainer: Any, ds: Any, eval_rows: Any) -> None:
         task = bar.add_task("export", total=None)
         trainer.export_progress = lambda done, total: bar.update(task, completed=done, total=total)
         trainer.save_model()
+        merged = trainer.save_merged() if recipe.export_merged else None
     if rank() == 0:
-        summary = summarise(trainer, ds, peak_gib)
+        summary = summarise(trainer, ds, peak_gib, merged)
         write(Path(trainer.args.output_dir) / SUMMARY, json.dumps(summary, indent=2) + "\n")
         print_summary(summary)
 
 
-def summarise(trainer: Any, ds: Any, peak_gib: float) -> dict[str, Any]:
-    """What `summary.json` holds."""
+def summarise(trainer: Any, ds: Any, peak_gib: float, merged: Any = None) -> dict[str, Any]:
+    """What `summary.json` holds; ``merged`` is the proof of the model with its adapter added."""
     from moe_models.engine.lora import is_adapted
     from moe_models.trainer import ADAPTER_FOLDER, MODEL_FOLDER
 
@@ -277,7 +283,7 @@ def summarise(trainer: Any, ds: Any, peak_gib: float) -> dict[str, Any]:
     losses = [entry["loss"] for entry in history if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     evaluated_before = trainer.args.eval_on_start and held_out
-    return {
+    summary = {
         "layout": describe(ds),
         "world_size": world_size(),
         "device": trainer.args.device.type,
@@ -293,6 +299,9 @@ def summarise(trainer: Any, ds: Any, peak_gib: float) -> dict[str, Any]:
         "left_out": trainer.routing.left_out,
         "checkpoint": str(Path(trainer.args.output_dir) / (ADAPTER_FOLDER if adapted else MODEL_FOLDER)),
     }
+    if merged is not None:
+        summary["merged"] = {"folder": str(Path(trainer.args.output_dir) / MODEL_FOLDER), "verified": asdict(merged)}
+    return summary
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -313,6 +322,12 @@ def print_summary(summary: dict[str, Any]) -> None:
         kind: f"{summary['checkpoint']}  (reloaded: {reloaded}, logits within "
         f"{proof['max_logit_difference']:.1e} of the trained model's, same top token at {proof['same_top1']:.0%})",
     }
+    if "merged" in summary:
+        proof = summary["merged"]["verified"]
+        lines["merged"] = (
+            f"{summary['merged']['folder']}  (reloaded: no key missing, logits within "
+            f"{proof['max_logit_difference']:.1e} of the trained model's, same top token at {proof['same_top1']:.0%})"
+        )
     lines = {name: text for name, text in lines.items() if text}
     print(*(f"{name:14}{text}" for name, text in lines.items()), sep="\n", flush=True)
     if summary["left_out"]:

@@ -24,21 +24,21 @@ import torch
 
 from moe_models.checkpoint.export import together
 from moe_models.checkpoint.from_engine import gather_to_writer, reaches_writer
+from moe_models.checkpoint.from_peft import load_adapted
 from moe_models.checkpoint.hf_folder import ExportError, is_companion
+from moe_models.checkpoint.per_expert import AdapterLayout, fingerprints_of, per_expert, per_expert_config
 from moe_models.checkpoint.proof import RELATIVE_TOLERANCE, record_logits
 from moe_models.checkpoint.source import fingerprint, is_writer
-from moe_models.checkpoint.unread import OnePartAtATime, unread_tensors
+from moe_models.checkpoint.unread import OnePartAtATime
 from moe_models.disk import ends_if_full, free_bytes, full_line
 from moe_models.engine.blocks import find_blocks, hf_model
 from moe_models.engine.lora import ADAPTER, PEFT_PREFIX, adapter_config, pack, peft_key, unpack
 from moe_models.engine.plain_transformers import as_shipped, without_zero3
 from moe_models.errors import some_of
-from moe_models.families.table import Family
+from moe_models.families.table import FAMILIES, Family
 from moe_models.files import _sync, replace_folder, restore_previous
+from moe_models.preflight.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moe_models.routing.callback import Routing
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 
 Shape = tuple[int, ...]
 
@@ -62,13 +62,28 @@ class AdapterProof:
 
 def expected_adapter(config: Any, peft_config: Any) -> dict[str, Shape]:
     """PEFT's name -> shape of every tensor in its file for this model, from the meta device."""
-    from peft import get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(_on_meta(config, peft_config), save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def fused_keys(config: Any, peft_config: Any) -> dict[str, tuple[str, int]]:
+    """Key of each pair of experts' factors in PEFT's file, up to ``.lora_A.weight`` -> (fused tensor, E)."""
+    base = _on_meta(config, peft_config).get_base_model()
+    keys = {}
+    for path, module in base.named_modules():
+        if hasattr(module, "parameter_name"):
+            keys[PEFT_PREFIX + path] = (module.parameter_name, module.num_experts)
+    return keys
+
+
+def _on_meta(config: Any, peft_config: Any) -> Any:
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     with without_zero3(), as_shipped(), torch.device("meta"):
-        model = get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(peft_config))
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(peft_config))
 
 
 # ------------------------------------------------------------------------------------------------ from the engine
@@ -95,11 +110,13 @@ class AdapterSource:
         tensors: dict[str, torch.Tensor] = {}
         spread: set[int] = set()
         for block in find_blocks(self._model):
-            experts = getattr(block.module, "experts", None)
+            experts: Any = getattr(block.module, "experts", None)
             for name, key in getattr(experts, "adapter_keys", {}).items():
                 pair = experts.factors(name)
                 spread.update(id(factor) for factor in pair)
-                A_ErD, B_EFr = (self._of_all_experts(factor, block, key, x) for factor, x in zip(pair, "AB", strict=True))
+                A_ErD, B_EFr = (
+                    self._of_all_experts(factor, block, key, x) for factor, x in zip(pair, "AB", strict=True)
+                )
                 if A_ErD is not None and B_EFr is not None:
                     tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = pack(A_ErD, B_EFr)
 
@@ -156,9 +173,14 @@ class AdapterSource:
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, torch.Tensor], config: Any, model_config: Any, tokenizer: Any | None = None
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Any,
+    model_config: Any,
+    tokenizer: Any | None = None,
+    layout: AdapterLayout = "fused",
 ) -> None:
-    """Write PEFT's files into ``folder``, which exists.
+    """Write PEFT's files into ``folder``, which exists; ``tensors`` and ``config`` are those of the fused layout.
 
     Raises ExportError for a tensor that is missing, too many, misshapen or not finite.
     """
@@ -168,14 +190,23 @@ def write_adapter(
     expected = expected_adapter(model_config, config)
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise ExportError(f"{len(missing)} of {len(expected)} tensors of the adapter are missing: {some_of(missing, 8)}")
+        raise ExportError(
+            f"{len(missing)} of {len(expected)} tensors of the adapter are missing: {some_of(missing, 8)}"
+        )
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected.get(name):
-            raise ExportError(f"{name}: has shape {list(tensor.shape)}, PEFT expects {expected.get(name, 'no such tensor')}")
+            raise ExportError(
+                f"{name}: has shape {list(tensor.shape)}, PEFT expects {expected.get(name, 'no such tensor')}"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise ExportError(f"{name}: holds values that are NaN or infinite")
     # 2. To disk.
-    save_file({name: tensors[name].contiguous() for name in expected}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    kept = {name: tensors[name].contiguous() for name in expected}
+    if layout == "per_expert":
+        family = FAMILIES[model_config.model_type]
+        kept = per_expert(kept, fused_keys(model_config, config), family)
+        config = per_expert_config(config, family)
+    save_file(kept, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -196,7 +227,14 @@ def save_adapter_files(
 
 
 def export_adapter(
-    engine: Any, family: Family, model_config: Any, folder: Path, routing: Routing, *, tokenizer: Any | None = None
+    engine: Any,
+    family: Family,
+    model_config: Any,
+    folder: Path,
+    routing: Routing,
+    *,
+    tokenizer: Any | None = None,
+    layout: AdapterLayout = "fused",
 ) -> AdapterProof | None:
     """Write the adapter of ``engine`` to ``folder``; every rank calls it.
 
@@ -209,6 +247,7 @@ def export_adapter(
         folder: where the finished folder appears, by rename.
         routing: what watches the routers.
         tokenizer: saved beside the weights if given.
+        layout: of the experts' factors.
 
     Returns:
         What was compared, on the writing rank; None on the others.
@@ -227,8 +266,10 @@ def export_adapter(
         needed = sum(tensor.nbytes for tensor in tensors.values())
         with ends_if_full(folder, ExportError, needed), _staged(folder, needed) as staging:
             config = adapter_config(engine)
-            write_adapter(staging, tensors, config, model_config, tokenizer)
-            return prove_adapter(staging, config, source.dtype, ids_BT, logits_BTV, source.fingerprints)
+            write_adapter(staging, tensors, config, model_config, tokenizer, layout)
+            return prove_adapter(
+                staging, config, model_config, source.dtype, ids_BT, logits_BTV, source.fingerprints, layout
+            )
 
     return together(write, slow=True)
 
@@ -271,7 +312,9 @@ def refuse_foreign_adapter(folder: Path) -> None:
         if entry.name not in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "README.md") and not is_companion(entry.name):
             foreign.append(entry.name)
     if foreign:
-        raise ExportError(f"{folder}: is not empty and is not an earlier adapter (it holds {foreign[0]}); give a new folder")
+        raise ExportError(
+            f"{folder}: is not empty and is not an earlier adapter (it holds {foreign[0]}); give a new folder"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ the proof
@@ -282,10 +325,12 @@ def refuse_foreign_adapter(folder: Path) -> None:
 def prove_adapter(
     folder: Path,
     config: Any,
+    model_config: Any,
     dtype: torch.dtype,
     ids_BT: torch.Tensor,
     logits_BTV: torch.Tensor,
     fingerprints: Mapping[str, int],
+    layout: AdapterLayout = "fused",
 ) -> AdapterProof:
     """Load ``folder`` with plain PEFT on its plain base model, and compare it with the engine.
 
@@ -293,30 +338,34 @@ def prove_adapter(
 
     Args:
         folder: PEFT's folder.
-        config: its config, which names the base model.
+        config: PEFT's config of the fused layout, which names the base model.
+        model_config: the base model's config.
         dtype: of the weights that the engine computes with.
         ids_BT: the probe of :func:`~moe_models.checkpoint.proof.record_logits`.
         logits_BTV: the engine's logits for it.
         fingerprints: those of :class:`AdapterSource`.
+        layout: of the experts' factors in the folder.
 
     Raises:
         ExportError: if a factor holds other bits than in the engine, if PEFT does not apply it, or if the logits differ
             by more than the dtype explains.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from safetensors.torch import load_file
 
     # 1. The base model, still on disk, and the adapter on it.
-    with without_zero3(), unread_tensors():
-        base = AutoModelForCausalLM.from_pretrained(
-            config.base_model_name_or_path, revision=config.revision, dtype=dtype
-        )
-        model = PeftModel.from_pretrained(base, str(folder), torch_device="cpu").eval()
+    model = load_adapted(folder, config.base_model_name_or_path, config.revision, dtype)
+    base = model.get_base_model()
     # 2. Every factor has the engine's bits.
-    reloaded = adapter_fingerprints(base, dtype)
+    if layout == "fused":
+        reloaded = adapter_fingerprints(base, dtype)
+    else:
+        keys = fused_keys(model_config, config)
+        reloaded = fingerprints_of(load_file(folder / ADAPTER_WEIGHTS), keys, FAMILIES[model_config.model_type])
     differing = [name for name in {**fingerprints, **reloaded} if fingerprints.get(name) != reloaded.get(name)]
     if differing:
-        raise ExportError(f"{folder}: the reloaded adapter holds other bits than the trained one in {some_of(differing)}")
+        raise ExportError(
+            f"{folder}: the reloaded adapter holds other bits than the trained one in {some_of(differing)}"
+        )
     # 3. The answers: with the adapter, and without it.
     OnePartAtATime(base, lambda name, values: None)
     with_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
@@ -363,6 +412,7 @@ def adapter_fingerprints(base: Any, dtype: torch.dtype) -> dict[str, int]:
     from peft.tuners.lora.layer import ParamWrapper
 
     found: dict[str, int] = {}
+    module: Any
     for path, module in _adapted_modules(base).items():
         key = PEFT_PREFIX + path
         if isinstance(module, ParamWrapper):

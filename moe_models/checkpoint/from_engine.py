@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moe_models.checkpoint.source import fingerprint, is_writer
 from moe_models.checkpoint.tp_shards import join_on_rank_0, split_dimension
-from moe_models.engine.blocks import find_blocks, parameter_names
+from moe_models.engine.blocks import Block, find_blocks, hf_model, parameter_names
 from moe_models.families.table import Family
 
 
@@ -27,12 +27,14 @@ class EngineSource:
     """
 
     def __init__(self, engine: Any, family: Family) -> None:
-        module = engine.module
+        module = hf_model(engine.module)
         self._blocks = {block.path: block for block in find_blocks(module)}
+        # Those of an adapter have no place in a Hugging Face folder (merged.py adds them to what they adapt).
+        parameters = {name: tensor for name, tensor in module.named_parameters() if "lora_" not in name}
         self._tensors: dict[str, torch.Tensor] = {}
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            self._tensors[family.autoep_to_module(name)] = tensor
-        self._unasked = {family.autoep_to_module(name): None for name, _ in module.named_parameters()}
+        for name, tensor in [*parameters.items(), *module.named_buffers()]:
+            self._tensors[_plain(family.autoep_to_module(name))] = tensor
+        self._unasked = {_plain(family.autoep_to_module(name)): None for name in parameters}
         self._zero3 = engine.zero_optimization_stage() == 3
         self.dtype: torch.dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
         self.fingerprints: dict[str, int] = {}
@@ -73,14 +75,11 @@ class EngineSource:
         """See :class:`~moe_models.checkpoint.source.TensorSource`. Raises KeyError, on every rank, for a module that
         is no MoE block."""
         block = self._blocks[path]
-        names = parameter_names(block, projection)
-        for name in names:
-            self._unasked.pop(name, None)
-        with self._gathered([self._tensors[name] for name in names]):
+        with self._gathered(self._expert_parameters(block, projection)):
             if not reaches_writer(block.ep_group):
                 return None
             # 1. Each rank takes the fingerprints of its own experts, before they travel.
-            local = block.experts(projection)
+            local = self._own_experts(block, projection)
             prints = torch.tensor([fingerprint(expert) for expert in local], device=local.device)
             # 2. Experts and fingerprints travel to rank 0 in the order of EP ranks, which is the order of experts.
             #    Where every rank writes its own, only the fingerprints do.
@@ -98,12 +97,28 @@ class EngineSource:
             return None
         return gathered, range(block.num_experts)
 
+    def _expert_parameters(self, block: Block, projection: str) -> list[torch.Tensor]:
+        """The parameters that hold this rank's experts, which count as asked for."""
+        names = [_plain(name) for name in parameter_names(block, projection)]
+        for name in names:
+            self._unasked.pop(name, None)
+        return [self._tensors[name] for name in names]
+
+    def _own_experts(self, block: Block, projection: str) -> torch.Tensor:
+        """This rank's experts, gathered: [E_local, F, D] (gate, up) or [E_local, D, F] (down)."""
+        return block.experts(projection)
+
     def _gathered(self, parameters: Sequence[torch.Tensor]) -> Any:
         """Inside, parameters that ZeRO-3 cut into shares are whole; collective."""
         import deepspeed
 
         partitioned = self._zero3 and all(hasattr(parameter, "ds_id") for parameter in parameters)
         return deepspeed.zero.GatheredParameters(list(parameters), enabled=partitioned)
+
+
+def _plain(name: str) -> str:
+    """A name without the layers that PEFT put around modules."""
+    return name.replace(".base_layer", "")
 
 
 def reaches_writer(ep_group: Any) -> bool:

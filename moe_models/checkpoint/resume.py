@@ -32,14 +32,15 @@ from moe_models.engine.plain_checkpoints import reads_with
 from moe_models.errors import Problems, UserError
 from moe_models.families.table import Family
 from moe_models.files import read_json
+from moe_models.preflight.adapters import (
+    ADAPTER_WEIGHTS,
+    ADAPTERS,
+    LAYOUT_FILE,
+    adapter_resume_problems,
+    other_layout_line,
+)
 
 logger = logging.getLogger(__name__)
-
-LAYOUT_FILE = "layout.json"
-"""In a checkpoint folder: the layout that wrote it."""
-
-ADAPTERS = "adapters"
-"""Its key for what adapters the run trained; absent where all weights were."""
 
 
 def describe_engine(engine: Any) -> dict[str, Any]:
@@ -110,29 +111,6 @@ def any_layout(family: Family) -> Iterator[None]:
         trainer.deepspeed_load_checkpoint = load_own
 
 
-def adapter_resume_problems(
-    checkpoint: str | Path, saved: dict[str, Any] | None, adapters: dict[str, Any] | None
-) -> list[str]:
-    """A line if a run with these ``adapters`` (None: all weights) cannot go on from what the checkpoint trained."""
-    found = (saved or {}).get(ADAPTERS)
-    if found == adapters:
-        return []
-    if adapters is None:
-        return [f"--resume_from_checkpoint {checkpoint}: it trained an adapter; add --use_peft with its flags ({found})"]
-    if found is None:
-        return [f"--resume_from_checkpoint {checkpoint}: it trained all weights, no adapter; drop --use_peft"]
-    differing = [f"{name} {found.get(name)} there, {value} here" for name, value in adapters.items() if found.get(name) != value]
-    return [f"--resume_from_checkpoint {checkpoint}: it trained another adapter: {'; '.join(differing)}; give its flags"]
-
-
-def other_layout_line(checkpoint: str | Path) -> str:
-    """What is said of a checkpoint with adapters that another layout wrote."""
-    return (
-        f"--resume_from_checkpoint {checkpoint}: another layout wrote it, and adapters are resumed in their own only; "
-        "use the same number of ranks, ZeRO stage and autoep_size"
-    )
-
-
 def require_readable(checkpoint: Path, family: Family, saved: dict[str, Any] | None) -> None:
     """Raise UserError on every rank if a file of the checkpoint is missing, damaged or would execute code; collective.
 
@@ -173,8 +151,8 @@ def _require_all_files(checkpoint: Path, family: Family, saved: dict[str, Any] |
     step = find_step_folder(checkpoint)
     kinds = []
     if ADAPTERS in saved:
-        if not (checkpoint / "adapter_model.safetensors").exists():
-            raise UserError(f"{checkpoint}: holds no adapter_model.safetensors; it is incomplete, use an earlier one")
+        if not (checkpoint / ADAPTER_WEIGHTS).exists():
+            raise UserError(f"{checkpoint}: holds no {ADAPTER_WEIGHTS}; it is incomplete, use an earlier one")
     elif saved["zero_stage"] < 3:
         FolderSource(checkpoint, family)
     else:

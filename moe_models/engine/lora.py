@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from moe_models.engine.blocks import hf_model
+from moe_models.errors import UserError, one_line
 
 ADAPTER = "default"
 """What PEFT calls the adapter of a model that has one."""
@@ -55,6 +56,23 @@ def lora_config(model_args: Any) -> Any:
     config.target_modules = {modules} if isinstance(modules, str) else set(modules)
     config.revision = model_args.model_revision
     return config
+
+
+def continued_adapter(model: Any, folder: str, model_args: Any) -> Any:
+    """``model`` with the adapter of PEFT's ``folder``, to be trained further. Raises UserError if it does not fit."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        adapted = PeftModel.from_pretrained(
+            model, folder, is_trainable=True, autocast_adapter_dtype=False, torch_device="cpu"
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"--adapter {folder}: {one_line(error)}") from error
+    config = adapted.peft_config[ADAPTER]
+    config.base_model_name_or_path = model_args.model_name_or_path
+    config.revision = model_args.model_revision
+    return adapted
 
 
 # ------------------------------------------------------------------------------------------------- PEFT's wrappers
@@ -106,7 +124,7 @@ def take_off_wrappers(model: nn.Module) -> None:
     from peft.tuners.lora.layer import ParamWrapper
 
     for path, block in list(model.named_modules()):
-        wrapper = getattr(block, "experts", None)
+        wrapper: Any = getattr(block, "experts", None)
         if not isinstance(wrapper, ParamWrapper):
             continue
         # One wrapper for each fused tensor, one around the other.

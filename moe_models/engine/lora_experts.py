@@ -41,7 +41,8 @@ class AdaptedExperts(GroupedExperts):
         experts.__class__ = AdaptedExperts
         experts.scaling = {}
         experts.adapter_keys = {}
-        return experts
+        adapted: AdaptedExperts = experts
+        return adapted
 
     def add(self, name: str, A: torch.Tensor, B: torch.Tensor, scaling: float, key: str, *, trained: bool) -> None:
         """Register a pair of factors, with the marks by which DeepSpeed knows a parameter of spread experts."""
@@ -93,7 +94,7 @@ class AdaptedExperts(GroupedExperts):
 
             def one_by_one(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
                 # The rows after those of the last expert are padding.
-                *parts, padding = x.split([*counts, x.shape[0] - sum(counts)])
+                *parts, padding = torch.split(x, [*counts, x.shape[0] - sum(counts)])
                 done = [part @ weight.to(x.dtype).T for part, weight in zip(parts, weights, strict=True)]
                 return torch.cat([*done, padding.new_zeros(padding.shape[0], weights.shape[1])])
 

@@ -89,9 +89,7 @@ def reference(
     has_aux = hasattr(model.config, "router_aux_loss_coef")
     coefficient = getattr(model.config, "router_aux_loss_coef", 0.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=LEARNING_RATE, eps=parity.ADAM_EPS, weight_decay=parity.WEIGHT_DECAY
-    )
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, eps=parity.ADAM_EPS, weight_decay=parity.WEIGHT_DECAY)
     result: dict[str, Any] = {"loss": [], "aux_loss": [], "grad_norm": []}
     model.train()
     for step in range(len(batches_by_rank[0]) // accumulation):
