@@ -16,6 +16,7 @@ import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,7 @@ def export_adapter(
         if not is_writer():
             return None
         needed = sum(tensor.nbytes for tensor in tensors.values())
-        with ends_if_full(folder, ExportError, needed), _staged(folder, needed) as staging:
+        with ends_if_full(folder, ExportError, needed), staged_adapter(folder, needed) as staging:
             config = adapter_config(engine)
             write_adapter(staging, tensors, config, model_config, tokenizer, layout)
             return prove_adapter(
@@ -274,31 +275,29 @@ def export_adapter(
     return together(write, slow=True)
 
 
-class _staged:  # noqa: N801
-    """A staging folder beside ``folder`` that gets its name when the block ends well, and is gone otherwise."""
+@contextmanager
+def staged_adapter(folder: Path, needed: int) -> Iterator[Path]:
+    """A staging folder beside ``folder`` that gets its name when the block ends well, and is gone otherwise.
 
-    def __init__(self, folder: Path, needed: int) -> None:
-        self._folder = Path(os.path.realpath(folder))
-        self._staging = self._folder.with_name(f".{self._folder.name}.writing")
-        self._needed = needed
-
-    def __enter__(self) -> Path:
-        restore_previous(self._folder)
-        refuse_foreign_adapter(self._folder)
-        shutil.rmtree(self._staging, ignore_errors=True)
-        self._staging.mkdir(parents=True)
-        if free_bytes(self._staging) < self._needed:
-            shutil.rmtree(self._staging)
-            raise ExportError(full_line(self._folder, self._needed))
-        return self._staging
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            return
-        for file in self._staging.rglob("*"):
+    ``needed``: bytes of what will be in it. Raises ExportError if the disk has not the room, or if ``folder`` holds
+    anything but an earlier adapter.
+    """
+    final = Path(os.path.realpath(folder))
+    restore_previous(final)
+    refuse_foreign_adapter(final)
+    staging = final.with_name(f".{final.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        if free_bytes(staging) < needed:
+            raise ExportError(full_line(final, needed))
+        yield staging
+        for file in staging.rglob("*"):  # a network file system may report a full disk only here
             _sync(file)
-        replace_folder(self._staging, self._folder)
+        replace_folder(staging, final)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def refuse_foreign_adapter(folder: Path) -> None:
@@ -360,7 +359,7 @@ def prove_adapter(
         reloaded = adapter_fingerprints(base, dtype)
     else:
         keys = fused_keys(model_config, config)
-        reloaded = fingerprints_of(load_file(folder / ADAPTER_WEIGHTS), keys, FAMILIES[model_config.model_type])
+        reloaded = fingerprints_of(load_file(folder / ADAPTER_WEIGHTS), keys, FAMILIES[model_config.model_type], dtype)
     differing = [name for name in {**fingerprints, **reloaded} if fingerprints.get(name) != reloaded.get(name)]
     if differing:
         raise ExportError(

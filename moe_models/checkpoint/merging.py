@@ -6,12 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moe_models.checkpoint.adapter import (
+    AdapterProof,
+    adapter_fingerprints,
+    prove_adapter,
+    staged_adapter,
+    write_adapter,
+)
 from moe_models.checkpoint.export import export
 from moe_models.checkpoint.from_peft import PeftSource, answer, load_adapted, read_adapter_config
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES
+from moe_models.checkpoint.per_expert import AdapterLayout
 from moe_models.checkpoint.proof import ExportProof, prove_folder
+from moe_models.engine.lora import ADAPTER
 from moe_models.errors import UserError
 from moe_models.families.table import FAMILIES
+from moe_models.preflight.adapters import ADAPTER_WEIGHTS
 
 
 def base_of(adapter: Path, base: str | None = None) -> tuple[str, str | None]:
@@ -76,6 +86,40 @@ def merge_folder(
         before_rename=prove,
     )
     return proofs[0]
+
+
+def rewrite_adapter(
+    adapter: Path, folder: Path, *, base: str | None = None, layout: AdapterLayout = "fused"
+) -> AdapterProof:
+    """Write the adapter of a PEFT folder or checkpoint to ``folder``, in ``layout``; proven as a run's own is.
+
+    Args:
+        adapter: PEFT's folder in the fused layout, or a checkpoint of a run that trained an adapter.
+        folder: where the finished folder appears, by rename.
+        base: folder or hub id of the base model; otherwise the one that ``adapter`` names.
+        layout: of the experts' factors.
+
+    Raises:
+        UserError: for an adapter that is not plain LoRA, or that does not fit its base.
+        ExportError: if it is not complete, or not in the fused layout.
+    """
+    from safetensors.torch import load_file
+
+    name, revision = base_of(adapter, base)
+    model = load_adapted(adapter, name, revision)
+    config = model.peft_config[ADAPTER]
+    config.base_model_name_or_path = name
+    config.revision = revision
+    base_model = model.get_base_model()
+    fingerprints = adapter_fingerprints(base_model, base_model.dtype)
+    ids_BT, logits_BTV = answer(model)
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with staged_adapter(folder, needed) as staging:
+        write_adapter(staging, tensors, config, base_model.config, _tokenizer(adapter, name, revision), layout)
+        return prove_adapter(
+            staging, config, base_model.config, base_model.dtype, ids_BT, logits_BTV, fingerprints, layout
+        )
 
 
 def _tokenizer(adapter: Path, base: str, revision: str | None) -> Any:

@@ -61,9 +61,10 @@ def per_expert_config(config: Any, family: Family) -> Any:
 
 
 def fingerprints_of(
-    tensors: Mapping[str, torch.Tensor], fused: Mapping[str, tuple[str, int]], family: Family
+    tensors: Mapping[str, torch.Tensor], fused: Mapping[str, tuple[str, int]], family: Family, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Fingerprints of a per-expert file's factors, named like those of the fused layout."""
+    """Fingerprints of a per-expert file's factors in ``dtype``, named like those of the fused layout."""
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     found: dict[str, int] = {}
     of_experts = set()
     for key, (parameter, num_experts) in fused.items():
