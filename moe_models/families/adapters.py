@@ -5,9 +5,11 @@ Names are those of PEFT's flags: a module is named by the end of its path (``q_p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from moe_models.families.sizes import ModelSizes
 from moe_models.families.table import Family
 
 EXPERT_TARGETS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -45,3 +47,50 @@ def adaptable_modules(family: Family, config: Mapping[str, Any]) -> Iterator[str
 def matches(target: str, path: str) -> bool:
     """Whether PEFT would put an adapter for ``target`` on the module or parameter at ``path``."""
     return path == target or path.endswith(f".{target}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSizes:
+    """Numbers in an adapter. Sizes count parameters."""
+
+    r: int
+    dense: tuple[int, ...]
+    """Of each factor outside the experts, in the model's order."""
+    expert: tuple[int, ...]
+    """Of each factor of one expert: A and B of gate and up (one pair), A and B of down."""
+    gate_up: bool
+    """Whether the experts' gate and up have an adapter."""
+    down: bool
+    """Whether their down has one."""
+
+
+def adapter_sizes(
+    sizes: ModelSizes,
+    family: Family,
+    config: Mapping[str, Any],
+    r: int,
+    modules: Sequence[str] | None = None,
+    parameters: Sequence[str] | None = None,
+) -> AdapterSizes:
+    """Sizes of an adapter of rank ``r``; on attention and both expert tensors where no targets are given."""
+    if not modules and not parameters:
+        modules = attention_targets(family, config)
+        parameters = EXPERT_TARGETS
+    # 1. Linear layers [out, in].
+    shapes = dict(sizes.dense)
+    dense: list[int] = []
+    for path in adaptable_modules(family, config):
+        if any(matches(target, path) for target in modules or ()):
+            out_features, in_features = shapes[f"{path}.weight"]
+            dense += [r * in_features, out_features * r]
+    # 2. One expert.
+    D = sizes.hidden
+    F = sizes.expert_inner
+    gate_up = EXPERT_TARGETS[0] in (parameters or ())
+    down = EXPERT_TARGETS[1] in (parameters or ())
+    expert: list[int] = []
+    if gate_up:
+        expert += [r * D, 2 * F * r]
+    if down:
+        expert += [r * F, D * r]
+    return AdapterSizes(r=r, dense=tuple(dense), expert=tuple(expert), gate_up=gate_up, down=down)

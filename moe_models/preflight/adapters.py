@@ -125,7 +125,26 @@ def adapter_problems(given: Any, model_config: Mapping[str, Any], ds: DsConfig |
     if given.adapter_layout == "per_expert":
         yield from per_expert_problems(family, model_config, modules, parameters)
     if ds is not None:
-        yield from _layout_problems(given, ds, parameters)
+        recompute = bool(given.gradient_checkpointing)
+        yield from adapter_layout_problems(ds, on_experts=bool(parameters), recompute=recompute)
+
+
+def plan_problems(given: Any, model_config: Mapping[str, Any]) -> Iterator[str]:
+    """:func:`adapter_problems` of a recipe that trains nothing and has the flags of rank and targets only."""
+    targets = {"lora_target_modules": given.lora_target_modules, "lora_target_parameters": given.lora_target_parameters}
+    if not given.use_peft:
+        for name, value in targets.items():
+            if value:
+                yield f"--{name}: does nothing without --use_peft; add the flag, or drop this one"
+        return
+    if given.lora_r < 1:
+        yield f"--lora_r {given.lora_r}: must be 1 or more"
+    if given.use_liger_kernel:
+        yield "--use_liger_kernel with --use_peft: not tested here; drop one of them"
+    family = family_of(model_config)
+    if family is not None:
+        modules, parameters = (_words(value) for value in targets.values())
+        yield from _target_problems(modules, parameters, family, model_config)
 
 
 def _shape_problems(given: Any) -> Iterator[str]:
@@ -240,8 +259,8 @@ def per_expert_problems(
         yield f"{key}: the experts' names would put empty adapters on {others[0]} too; use fused"
 
 
-def _layout_problems(given: Any, ds: DsConfig, parameters: Sequence[str]) -> Iterator[str]:
-    """Layouts in which adapters are not built or not tested."""
+def adapter_layout_problems(ds: DsConfig, *, on_experts: bool, recompute: bool) -> Iterator[str]:
+    """Layouts in which adapters are not built or not tested; ``recompute``: with activation checkpointing."""
     if ds.moe.layer is not None:
         yield "--use_peft with moe.layer: not built for native layers; use expert_parallel"
     if ds.tp_size > 1:
@@ -250,12 +269,12 @@ def _layout_problems(given: Any, ds: DsConfig, parameters: Sequence[str]) -> Ite
         yield f"--use_peft with sequence_parallel_size = {ds.sp_size}: not tested here; remove it"
     if ds.zero_stage == 0:
         yield "--use_peft with zero_optimization.stage = 0: not tested here; set it to 1, 2 or 3"
-    if ds.zero_stage == 3 and ds.expert_parallel is None and parameters:
+    if ds.zero_stage == 3 and ds.expert_parallel is None and on_experts:
         yield (
             "--use_peft on experts with ZeRO stage 3 and without expert_parallel: PEFT would read weights that are not "
             'gathered; add "expert_parallel": {"enabled": true, "autoep_size": 1}, or use stage 1 or 2'
         )
-    if ds.zero_stage == 3 and given.gradient_checkpointing:
+    if ds.zero_stage == 3 and recompute:
         yield (
             "--gradient_checkpointing with --use_peft and ZeRO stage 3: TRL would make it reentrant, which deprives "
             "the auxiliary loss of its gradient; set it to false, or use stage 1 or 2"
