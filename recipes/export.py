@@ -25,12 +25,13 @@ import argparse
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_models.disk import is_full
 from moe_models.errors import Problems, UserError, one_line, run, warn
 
 if TYPE_CHECKING:
+    from moe_models.checkpoint.per_expert import AdapterLayout
     from moe_models.families.table import Family
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading files needs no GPU
@@ -87,7 +88,7 @@ def export_adapter(arguments: argparse.Namespace) -> None:
 
     # 1. The flags.
     problems = Problems()
-    layout = arguments.adapter_layout or "fused"
+    layout: AdapterLayout = arguments.adapter_layout or "fused"
     max_shard_bytes = 0
     if arguments.merge and arguments.adapter_layout:
         problems.add("--adapter_layout with --merge: a merged model has no adapter; drop one of them")
@@ -113,6 +114,7 @@ def export_adapter(arguments: argparse.Namespace) -> None:
 
     from moe_models.checkpoint.merging import merge_folder, rewrite_adapter
 
+    proof: Any
     try:
         if not arguments.merge:
             proof = rewrite_adapter(
@@ -155,8 +157,7 @@ def read_problems(arguments: argparse.Namespace, layout: str) -> None:
     if family is None:
         raise UserError(f"{base}: model_type {model_config.get('model_type')!r} is none of this package's families")
     if layout == "per_expert":
-        modules = config.get("target_modules") or []
-        Problems(per_expert_problems(family, model_config, modules, config.get("target_parameters") or [])).refuse()
+        Problems(per_expert_problems(family, config.get("target_parameters") or [])).refuse()
 
 
 # --------------------------------------------------------------------------------------------------------- whole models

@@ -408,13 +408,11 @@ def adapter_fingerprints(base: Any, dtype: torch.dtype) -> dict[str, int]:
 
     The factors of experts are taken out of the file's tensors by PEFT's own code.
     """
-    from peft.tuners.lora.layer import ParamWrapper
-
     found: dict[str, int] = {}
     module: Any
     for path, module in _adapted_modules(base).items():
         key = PEFT_PREFIX + path
-        if isinstance(module, ParamWrapper):
+        if hasattr(module, "parameter_name"):  # PEFT's wrapper of a fused tensor
             B_EFr, A_ErD, _ = module.get_delta_factors(ADAPTER)
             for expert, (A_rD, B_Fr) in enumerate(zip(A_ErD, B_EFr, strict=True)):
                 found[f"{key}.{expert}.lora_A"] = fingerprint(A_rD)

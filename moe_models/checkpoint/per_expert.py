@@ -66,7 +66,7 @@ def fingerprints_of(
     """Fingerprints of a per-expert file's factors in ``dtype``, named like those of the fused layout."""
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     found: dict[str, int] = {}
-    of_experts = set()
+    of_experts: set[str] = set()
     for key, (parameter, num_experts) in fused.items():
         for expert in range(num_experts):
             names = list(expert_names(key, parameter, expert, family))

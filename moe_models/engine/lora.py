@@ -130,7 +130,7 @@ def take_off_wrappers(model: nn.Module) -> None:
         # One wrapper for each fused tensor, one around the other.
         key = f"{path}.experts"
         factors: dict[str, Factors] = {}
-        while isinstance(wrapper, ParamWrapper):
+        while hasattr(wrapper, "parameter_name"):
             factors[_FUSED[wrapper.parameter_name]] = Factors(
                 A=wrapper.lora_A[ADAPTER].weight,
                 B=wrapper.lora_B[ADAPTER].weight,

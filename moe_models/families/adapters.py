@@ -29,11 +29,13 @@ def attention_targets(family: Family, config: Mapping[str, Any]) -> tuple[str, .
 
 
 def adaptable_modules(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
-    """Module paths of all linear layers that may get an adapter: attention, dense MLPs, shared experts."""
+    """Module paths of all linear layers that may get an adapter: attention; by family dense MLPs and shared experts."""
     for layer in range(int(config["num_hidden_layers"])):
         path = f"model.layers.{layer}"
         for name in attention_targets(family, config):
             yield f"{path}.self_attn.{name}"
+        if not family.mlp_adapters:
+            continue
         mlp: str | None = f"{path}.mlp"
         if family.moe_layers(config, layer):
             mlp = None

@@ -171,6 +171,9 @@ class Family:
     """Whether the auxiliary loss can pool the layers: not where they may differ in their number of experts."""
     counts_flops: bool = True
     """Whether sizes and FLOP follow from config.json (``sizes.py`` describes models whose MoE layers are all alike)."""
+    mlp_adapters: bool = False
+    """Whether an adapter can be put on dense MLPs and shared experts; of other families PEFT 0.21 takes their names for
+    those of the experts, and adapts these instead."""
     per_expert_adapters: bool = False
     """Whether PEFT 0.21 reads an adapter with a pair of factors for each expert's matrix; of others it drops them."""
     fp32_scores: bool = False
@@ -276,6 +279,7 @@ FAMILIES: dict[str, Family] = {
             ),
             attention=Attention(bias_key="qkv_bias", bias_default=True),
             dense_sources=("qwen2",),
+            mlp_adapters=True,
             autoep_preset="qwen3_moe",
         ),
         Family(

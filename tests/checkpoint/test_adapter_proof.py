@@ -185,8 +185,7 @@ def test_per_expert_layout(model_type: str, which: str, tmp_path: Path) -> None:
     from moe_models.checkpoint.hf_folder import ExportError
     from tests.support.tiny import save_tiny
 
-    overrides = {"mlp_only_layers": []} if model_type == "qwen3_moe" else {}
-    trained = make_trained(save_tiny(tmp_path / "model", model_type, **overrides), model_type, which)
+    trained = make_trained(save_tiny(tmp_path / "model", model_type), model_type, which)
     proof = prove(trained, trained.tensors, tmp_path / "fused")
     apart = prove(trained, trained.tensors, tmp_path / "apart", "per_expert")
     # PEFT reads it as a pair of twice the rank, so sums have another order.

@@ -80,12 +80,12 @@ CASES = [
     ("qwen2_moe", "shared", 3, 2, 2, 1),
     ("qwen2_moe", "shared", 1, 2, None, 1),
     ("qwen3_moe", "both", 2, 2, 2, 1),
-    ("qwen3_moe", "shared", 1, 4, 4, 1),
+    ("qwen3_moe", "both", 1, 4, 4, 1),
     ("olmoe", "both", 1, 4, 4, 1),
     ("olmoe", "both", 3, 2, 2, 1),
     ("deepseek_v2", "both", 1, 2, 2, 1),
-    ("deepseek_v2", "shared", 3, 2, 2, 1),
-    ("deepseek_v3", "shared", 1, 2, 2, 1),
+    ("deepseek_v2", "both", 3, 2, 2, 1),
+    ("deepseek_v3", "both", 1, 2, 2, 1),
     ("deepseek_v3", "both", 3, 4, 2, 1),
 ]
 
