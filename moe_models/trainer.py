@@ -15,7 +15,9 @@ an object with one task; the methods below are the places where a Trainer calls 
   finished writing;
 - :func:`~moe_models.checkpoint.resume.any_layout` resumes a checkpoint of another layout;
 - :func:`~moe_models.checkpoint.export_engine.export_engine` exports the whole model with its proof, where HF's
-  ``save_model`` keeps one rank's experts under AutoEP.
+  ``save_model`` keeps one rank's experts under AutoEP;
+- with ``peft_config=`` (LoRA), :func:`~moe_models.engine.lora.adapters_join_autoep` brings the adapters of experts into
+  AutoEP's blocks, and :func:`~moe_models.checkpoint.adapter.export_adapter` writes PEFT's own folder with its proof.
 
 Another Trainer takes the same parts: ``class MoEDPOTrainer(ExpertParallelTraining, DPOTrainer)``.
 """
@@ -35,22 +37,30 @@ from accelerate.utils import DummyOptim
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
+from moe_models.checkpoint.adapter import AdapterProof, export_adapter, save_adapter_files
 from moe_models.checkpoint.export import export_bytes
 from moe_models.checkpoint.export_engine import export_engine
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
+from moe_models.checkpoint.per_expert import AdapterLayout
 from moe_models.checkpoint.proof import ExportProof
 from moe_models.checkpoint.reading import reading_bar, refuse_unread, report_reading
 from moe_models.checkpoint.resume import any_layout
 from moe_models.checkpoint.source import is_writer
-from moe_models.checkpoint.space import checkpoint_bytes, room_warnings
+from moe_models.checkpoint.space import adapter_bytes, checkpoint_bytes, room_warnings
 from moe_models.checkpoint.whole_checkpoints import WholeCheckpoints, last_checkpoint
 from moe_models.config.layout import Degrees, autoep_section
 from moe_models.config.moe_section import Balance, Dispatch, Kernels
 from moe_models.engine.autoep import check_replaced, register_presets, restore_rotary_buffers
-from moe_models.engine.blocks import find_blocks
+from moe_models.engine.blocks import find_blocks, hf_model
 from moe_models.engine.finite import FiniteWatch, TrainingStoppedError
 from moe_models.engine.fused.layer import fuse
 from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
+from moe_models.engine.lora import (
+    adapters_join_autoep,
+    checkpoints_of_trained_tensors,
+    is_adapted,
+    see_through_peft,
+)
 from moe_models.engine.native import mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.engine.plain_transformers import remember_shipped
 from moe_models.engine.seams import check_seams
@@ -70,10 +80,13 @@ if TYPE_CHECKING:
 else:
     Trainer = object  # the methods below are found before those of the Trainer that stands beside this class
 
-__all__ = ["MODEL_FOLDER", "ExpertParallelTraining", "MoETrainer", "TrainingStoppedError"]
+__all__ = ["ADAPTER_FOLDER", "MODEL_FOLDER", "ExpertParallelTraining", "MoETrainer", "TrainingStoppedError"]
 
 MODEL_FOLDER = "model"
 """Where ``save_model()`` without a folder puts the Hugging Face checkpoint, inside ``output_dir``."""
+
+ADAPTER_FOLDER = "adapter"
+"""Where it puts the adapter of a run that trains one (PEFT's own folder)."""
 
 
 class ExpertParallelTraining(Trainer):
@@ -121,14 +134,17 @@ class ExpertParallelTraining(Trainer):
         self.max_shard_bytes = max_shard_bytes
         self._kernels = kernels
         self._dispatch = dispatch
-        self.last_proof: ExportProof | None = None
+        self.last_proof: ExportProof | AdapterProof | None = None
         self.export_progress: Callable[[int, int], None] | None = None
         """Called with (tensors done, tensors in all) on the writing rank; a recipe may set it."""
+        self.adapter_layout: AdapterLayout = "fused"
+        """Of the experts' factors in an exported adapter; a recipe may set it."""
 
         # 2. What must happen before the engine is built.
         restore_rotary_buffers(model)
-        remember_shipped(model)
+        remember_shipped(hf_model(model))
         register_presets()
+        see_through_peft()
         self.ulysses: Ulysses | None = None
         self.checkpoints = WholeCheckpoints()
         super().__init__(model, *args, **kwargs)
@@ -194,7 +210,7 @@ class ExpertParallelTraining(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self.checkpoints.clear(self.args.output_dir)
         # Experts that are still on disk are read by the layers that take them, while the engine is built.
-        with any_layout(self.family), reading_bar(self.model, share=1 / self._asked_degrees().ep):
+        with any_layout(self.family), self._adapters(), reading_bar(self.model, share=1 / self._asked_degrees().ep):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         refuse_unread(self.model)
         report_reading()
@@ -204,6 +220,12 @@ class ExpertParallelTraining(Trainer):
         if resume_from_checkpoint is not None:
             self.routing.load(Path(resume_from_checkpoint))
         return prepared
+
+    def _adapters(self) -> Any:
+        """Inside, AutoEP's blocks get the adapters that PEFT put on their experts."""
+        if is_adapted(self.model) and autoep_section(self._deepspeed_json) is not None:
+            return adapters_join_autoep(self.model)
+        return nullcontext()
 
     def _prepare_norm(self) -> None:
         """The gradient norm by which DeepSpeed clips: right under tensor parallelism, and fast elsewhere."""
@@ -220,8 +242,13 @@ class ExpertParallelTraining(Trainer):
         if self.args.save_strategy == SaveStrategy.NO:
             return
         checkpoint = checkpoint_bytes(self.model_wrapped)
+        adapted = is_adapted(self.model)
+        if adapted:
+            export = adapter_bytes(self.model_wrapped)
         if not is_writer():
             return
+        if not adapted:
+            export = export_bytes(self.family, self.source_config, self.model.dtype)
         planned = 1
         if self.args.save_strategy == SaveStrategy.STEPS:
             every = self.state.save_steps or max_steps
@@ -232,7 +259,7 @@ class ExpertParallelTraining(Trainer):
         lines = room_warnings(
             folder,
             checkpoint=checkpoint,
-            export=export_bytes(self.family, self.source_config, self.model.dtype),
+            export=export,
             limit=self.args.save_total_limit,
             planned=planned,
             present=len(list(folder.glob("checkpoint-*"))),
@@ -428,12 +455,20 @@ class ExpertParallelTraining(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
-        with self.checkpoints.growing(self.model_wrapped, run_dir):
+        with self.checkpoints.growing(self.model_wrapped, run_dir), self._trained_only():
             super()._save_checkpoint(model, trial)
         self.checkpoints.finish(self, run_dir, add_files=self.routing.save)
 
+    def _trained_only(self) -> Any:
+        """Inside, a checkpoint of a run that trains an adapter leaves out what is frozen."""
+        if is_adapted(self.model):
+            return checkpoints_of_trained_tensors(self.model_wrapped)
+        return nullcontext()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Export the whole model as a Hugging Face folder (default ``output_dir/model``); every rank must call it.
+
+        A run that trains an adapter exports that instead, as PEFT's folder (default ``output_dir/adapter``).
 
         The folder is reloaded with plain transformers and its logits compared with the engine's before it gets its
         name; :attr:`last_proof` holds the figures. A checkpoint written during training (``_internal_call``) gets
@@ -447,10 +482,33 @@ class ExpertParallelTraining(Trainer):
                 with self.checkpoints.noting():
                     folder.mkdir(parents=True, exist_ok=True)
                     save_companions(folder, self.source_config, self.model.dtype, **companions)
+            if is_adapted(self.model):
+                save_adapter_files(self.model_wrapped, self.family, self.source_config, folder, self.checkpoints.noting)
             self.accelerator.wait_for_everyone()
             return
         self.last_proof = None
-        self.last_proof = export_engine(
+        if is_adapted(self.model):
+            self.last_proof = export_adapter(
+                self.model_wrapped,
+                self.family,
+                self.source_config,
+                Path(output_dir or os.path.join(self.args.output_dir, ADAPTER_FOLDER)),
+                self.routing,
+                tokenizer=self.processing_class,
+                layout=self.adapter_layout,
+            )
+            return
+        self.last_proof = self._export_model(output_dir)
+
+    def save_merged(self, output_dir: str | None = None) -> ExportProof | None:
+        """Export the whole model with the adapter added to its weights, as :meth:`save_model` does without one.
+
+        Returns what was compared, on the writing rank. Every rank must call it.
+        """
+        return self._export_model(output_dir)
+
+    def _export_model(self, output_dir: str | None) -> ExportProof | None:
+        return export_engine(
             self.model_wrapped,
             self.family,
             self.source_config,
@@ -458,7 +516,8 @@ class ExpertParallelTraining(Trainer):
             self.routing,
             max_shard_bytes=self.max_shard_bytes,
             progress=self.export_progress,
-            **companions,
+            tokenizer=self.processing_class,
+            generation_config=self.model.generation_config,
         )
 
     def _load_best_model(self) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 from moe_models.checkpoint.export import export
 from moe_models.checkpoint.from_engine import EngineSource
+from moe_models.checkpoint.merged import MergedSource
 from moe_models.checkpoint.proof import ExportProof, prove_folder, record_logits
+from moe_models.engine.lora import is_adapted
 from moe_models.engine.native import exact_routing
 from moe_models.families.table import Family
 from moe_models.routing.callback import Routing
@@ -16,7 +18,7 @@ from moe_models.routing.callback import Routing
 def export_engine(
     engine: Any, family: Family, config: Any, folder: Path, routing: Routing, **options: Any
 ) -> ExportProof | None:
-    """Write the model of ``engine`` to ``folder``; every rank calls it.
+    """Write the model of ``engine`` to ``folder``, an adapter added to its weights; every rank calls it.
 
     The folder is reloaded with plain transformers and compared with the engine, bits and logits, before it gets its
     name.
@@ -42,6 +44,8 @@ def export_engine(
 
     # 2. Every tensor from the rank that owns it; its fingerprint is taken there.
     source = EngineSource(engine, family)
+    if is_adapted(engine.module):
+        source = MergedSource(engine, family)
     proofs: list[ExportProof] = []
 
     # 3. The comparison, while the folder still has its staging name.

@@ -171,6 +171,11 @@ class Family:
     """Whether the auxiliary loss can pool the layers: not where they may differ in their number of experts."""
     counts_flops: bool = True
     """Whether sizes and FLOP follow from config.json (``sizes.py`` describes models whose MoE layers are all alike)."""
+    mlp_adapters: bool = False
+    """Whether an adapter can be put on dense MLPs and shared experts; of other families PEFT 0.21 takes their names for
+    those of the experts, and adapts these instead."""
+    per_expert_adapters: bool = False
+    """Whether PEFT 0.21 reads an adapter with a pair of factors for each expert's matrix; of others it drops them."""
     fp32_scores: bool = False
     """Whether the HF router hands out its weights in fp32, so that the weighted sum of a bf16 model is fp32 too."""
     liger_kernels: bool = False
@@ -258,6 +263,7 @@ FAMILIES: dict[str, Family] = {
             hub_block="block_sparse_moe",
             hub_expert_names=_MIXTRAL_NAMES,
             dense_sources=("llama", "mistral"),
+            per_expert_adapters=True,
             fp32_scores=True,
             liger_kernels=True,
             autoep_preset="mixtral",
@@ -273,6 +279,7 @@ FAMILIES: dict[str, Family] = {
             ),
             attention=Attention(bias_key="qkv_bias", bias_default=True),
             dense_sources=("qwen2",),
+            mlp_adapters=True,
             autoep_preset="qwen3_moe",
         ),
         Family(
@@ -283,6 +290,7 @@ FAMILIES: dict[str, Family] = {
             router=Router(normalise="norm_topk_prob"),
             attention=Attention(bias_key="attention_bias", output_bias=True, norms="each head"),
             dense_sources=("qwen3",),
+            per_expert_adapters=True,
             liger_kernels=True,
             autoep_preset="qwen3_moe",
         ),
@@ -292,6 +300,7 @@ FAMILIES: dict[str, Family] = {
             expert_size_key="intermediate_size",
             router=Router(normalise="norm_topk_prob"),
             attention=Attention(bias_key="attention_bias", output_bias=True, norms="all heads"),
+            per_expert_adapters=True,
             autoep_preset="olmoe",
             own_preset="Olmoe",
             no_tensor_parallel="it normalises queries and keys over all heads together, and a peer has only its own",

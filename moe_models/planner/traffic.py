@@ -221,7 +221,7 @@ def _gradients(case: Case) -> Iterator[Payload]:
     Stages 1 and 2 all-reduce whole buckets and each rank keeps its part; stage 3 reduce-scatters. In fp32 under
     sequence parallelism.
     """
-    share = case.states.share
+    share = case.trained.share
     element = FP32 if case.layout.sp_size > 1 else case.work.element_bytes
     kind: Collective = "reduce-scatter" if case.ds.zero_stage == 3 else "all-reduce"
     times = _reductions(case)
@@ -236,7 +236,7 @@ def _weights(case: Case) -> Iterator[Payload]:
     computed. Stage 3: see :func:`_sharded_weights`.
     """
     if case.ds.zero_stage in (1, 2):
-        share = case.states.share
+        share = case.trained.share
         element = case.work.element_bytes
         yield Payload("updated weights, dense part", "all-gather", "DP", share.dense * element)
         yield Payload("updated weights, experts", "all-gather", "EDP", share.expert * element)

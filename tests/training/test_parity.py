@@ -184,7 +184,7 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     owner, name, wrong = {
         FAULTS[0]: (MoETrainer, "compute_loss", double_aux_loss),
         FAULTS[1]: (trainer, "norm_in_one_pass", norm_without_experts),
-        FAULTS[2]: (checkpoint_engine, "_gather_to_writer", rank_0_twice),
+        FAULTS[2]: (checkpoint_engine, "gather_to_writer", rank_0_twice),
         FAULTS[3]: (MoETrainer, "create_optimizer", SFTTrainer.create_optimizer),
     }[fault]
     with parity.planted(owner, name, wrong):
