@@ -7,13 +7,13 @@ compares. Only the order of sums differs, of at most 48 terms: 1e-5. The faults 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from moe_models.engine.fused import experts as fused_experts
 from moe_models.engine.fused import rows
 from moe_models.engine.fused.layer import FusedLayer, fuse, why_not
 from tests.support import moe_layer, parity
@@ -203,12 +203,21 @@ FORBIDDEN = ("item", "tolist", "cpu")
 """Methods of a tensor for which the host waits for the device."""
 
 
+def join() -> None:
+    """Let DeepSpeed see the ranks of the cluster."""
+    import deepspeed
+
+    from moe_models.engine.cpu import join_cpu_ranks
+
+    join_cpu_ranks()
+    deepspeed.init_distributed("gloo")
+
+
 def run_layers(ep_size: int, dispatch: str, E: int, K: int, lengths: list[int]) -> dict[str, Any]:
     """Runs on every rank: DeepSpeed's layer and the fused one on this rank's tokens, forward and backward."""
-    import deepspeed
     import torch.distributed as dist
 
-    deepspeed.init_distributed("gloo")
+    join()
     world = dist.get_world_size()
     rank = dist.get_rank()
     groups = [dist.new_group([*range(first, first + ep_size)]) for first in range(0, world, ep_size)]
@@ -221,11 +230,10 @@ def run_layers(ep_size: int, dispatch: str, E: int, K: int, lengths: list[int]) 
         if fused:
             assert fuse(model, dispatch) == []  # type: ignore[arg-type]
         gathers = fused and layer.lengths is not None
-        blocked = [parity.planted(torch.Tensor, name, forbid) for name in FORBIDDEN] if gathers else []
         x = x_TD.clone().requires_grad_()
-        y = guarded(blocked, lambda layer=layer, x=x: layer(x[None])[0])
+        y = guarded(gathers, lambda layer=layer, x=x: layer(x[None])[0])
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(100 + rank))
-        guarded(blocked, lambda y=y, dy=dy: y.backward(dy))
+        guarded(gathers, lambda y=y, dy=dy: y.backward(dy))
         found = {name: parameter.grad for name, parameter in layer.named_parameters()}
         results.append({"output": y.detach(), "input": x.grad, **found, "counts": layer.tokens_per_expert.clone()})
     return {
@@ -239,12 +247,12 @@ def forbid(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     raise AssertionError("the host would wait for the device")
 
 
-def guarded(blocked: list[Any], act: Callable[[], Any]) -> Any:
-    from contextlib import ExitStack
-
+def guarded(forbidden: bool, act: Callable[[], Any]) -> Any:
+    """What ``act`` returns; with :data:`FORBIDDEN` raising meanwhile, if they are to."""
     with ExitStack() as stack:
-        for fault in blocked:
-            stack.enter_context(fault)
+        if forbidden:
+            for name in FORBIDDEN:
+                stack.enter_context(parity.planted(torch.Tensor, name, forbid))
         return act()
 
 
@@ -275,10 +283,9 @@ def test_ranks_compute_what_deepspeeds_layer_computes(
 
 def empty_rank(dispatch: str) -> list[float]:
     """Runs on two ranks: all tokens go to the experts of rank 0."""
-    import deepspeed
     import torch.distributed as dist
 
-    deepspeed.init_distributed("gloo")
+    join()
     layer = autoep_layer(4, 1, 2, dist.get_rank())
     layer.ep_group = dist.new_group([0, 1])
     fuse(nn.ModuleList([layer]), dispatch)  # type: ignore[arg-type]
@@ -319,7 +326,7 @@ def test_a_lost_part_is_seen(clusters: Callable[[int], Cluster]) -> None:
 
 
 def test_the_host_that_asks_is_seen(clusters: Callable[[int], Cluster]) -> None:
-    """The all-to-all asks once in each forward pass; with the same guard it fails."""
+    """Lengths that are read out of a tensor are caught."""
     from tests.support.cluster import ChildError
 
     with pytest.raises(ChildError, match="the host would wait for the device"):
@@ -333,7 +340,3 @@ def asks() -> None:
         exchange.Lengths, "exchange", lambda self, tokens: setattr(self, "longest", torch.tensor(tokens).item())
     ):
         run_layers(2, "all_gather", 8, 4, [30, 30])
-
-
-def test_the_module_of_the_node_is_the_one_that_is_tested() -> None:
-    assert fused_experts.rows is rows

@@ -46,7 +46,7 @@ class Lengths:
     def exchange(self, tokens: int) -> None:
         """Tell the others, and learn theirs; collective."""
         mine = torch.full((1,), tokens, dtype=torch.int64)
-        torch.distributed.all_gather_into_tensor(self._counts, mine, group=self._group)
+        torch.distributed.all_gather(list(self._counts.chunk(len(self._counts))), mine, group=self._group)
         self.longest = int(self._counts.numpy().max())  # numpy() reads host memory only: this can wait for no GPU
 
 
