@@ -158,9 +158,9 @@ def peft_key(name: str) -> str:
     return PEFT_PREFIX + name.replace(f".{ADAPTER}.", ".")
 
 
-def adapter_config(engine: Any) -> Any:
-    """PEFT's config of the adapter that ``engine`` trains, as its folder has it."""
-    config = copy.deepcopy(engine.module.peft_config[ADAPTER])
+def adapter_config(model: Any) -> Any:
+    """PEFT's config of the adapter on ``model``, as its folder has it."""
+    config = copy.deepcopy(model.peft_config[ADAPTER])
     config.inference_mode = True
     for name in ("target_modules", "target_parameters"):
         targets = getattr(config, name)
@@ -171,7 +171,7 @@ def adapter_config(engine: Any) -> Any:
 
 def adapter_facts(engine: Any) -> dict[str, Any]:
     """What two adapters must have in common for one to go on from the other's checkpoint."""
-    config = adapter_config(engine)
+    config = adapter_config(engine.module)
     names = ("r", "lora_alpha", "use_rslora", "target_modules", "target_parameters")
     return {name: getattr(config, name) for name in names}
 
