@@ -224,7 +224,7 @@ def save_adapter_files(
     if not is_writer():
         return
     with noting(folder / ADAPTER_WEIGHTS, sum(tensor.nbytes for tensor in tensors.values())):
-        write_adapter(folder, tensors, adapter_config(engine), model_config)
+        write_adapter(folder, tensors, adapter_config(engine.module), model_config)
 
 
 def export_adapter(
@@ -266,7 +266,7 @@ def export_adapter(
             return None
         needed = sum(tensor.nbytes for tensor in tensors.values())
         with ends_if_full(folder, ExportError, needed), staged_adapter(folder, needed) as staging:
-            config = adapter_config(engine)
+            config = adapter_config(engine.module)
             write_adapter(staging, tensors, config, model_config, tokenizer, layout)
             return prove_adapter(
                 staging, config, model_config, source.dtype, ids_BT, logits_BTV, source.fingerprints, layout

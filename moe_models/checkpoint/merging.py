@@ -18,7 +18,7 @@ from moe_models.checkpoint.from_peft import PeftSource, answer, load_adapted, re
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES
 from moe_models.checkpoint.per_expert import AdapterLayout
 from moe_models.checkpoint.proof import ExportProof, prove_folder
-from moe_models.engine.lora import ADAPTER
+from moe_models.engine.lora import adapter_config
 from moe_models.errors import UserError
 from moe_models.families.table import FAMILIES
 from moe_models.preflight.adapters import ADAPTER_WEIGHTS
@@ -107,7 +107,7 @@ def rewrite_adapter(
 
     name, revision = base_of(adapter, base)
     model = load_adapted(adapter, name, revision)
-    config = model.peft_config[ADAPTER]
+    config = adapter_config(model)
     config.base_model_name_or_path = name
     config.revision = revision
     base_model = model.get_base_model()

@@ -119,28 +119,32 @@ class HeldFactors(nn.Module):
             self.register_parameter(f"{name}_B", pair.B)
 
 
-def take_off_wrappers(model: nn.Module) -> None:
-    """Put the experts back in the place of PEFT's wrappers around them; each block keeps the factors."""
+def _is_wrapper(layer: Any) -> bool:
     from peft.tuners.lora.layer import ParamWrapper
 
+    return isinstance(layer, ParamWrapper)
+
+
+def take_off_wrappers(model: nn.Module) -> None:
+    """Put the experts back in the place of PEFT's wrappers around them; each block keeps the factors."""
     for path, block in list(model.named_modules()):
-        wrapper: Any = getattr(block, "experts", None)
-        if not isinstance(wrapper, ParamWrapper):
+        layer: Any = getattr(block, "experts", None)
+        if not _is_wrapper(layer):
             continue
         # One wrapper for each fused tensor, one around the other.
         key = f"{path}.experts"
         factors: dict[str, Factors] = {}
-        while hasattr(wrapper, "parameter_name"):
-            factors[_FUSED[wrapper.parameter_name]] = Factors(
-                A=wrapper.lora_A[ADAPTER].weight,
-                B=wrapper.lora_B[ADAPTER].weight,
-                num_experts=wrapper.num_experts,
-                scaling=wrapper.scaling[ADAPTER],
+        while _is_wrapper(layer):
+            factors[_FUSED[layer.parameter_name]] = Factors(
+                A=layer.lora_A[ADAPTER].weight,
+                B=layer.lora_B[ADAPTER].weight,
+                num_experts=layer.num_experts,
+                scaling=layer.scaling[ADAPTER],
                 key=key,
             )
-            wrapper = wrapper.base_layer
+            layer = layer.base_layer
             key += ".base_layer"
-        block.experts = wrapper
+        block.experts = layer
         setattr(block, HELD, HeldFactors(factors))
 
 
@@ -154,9 +158,9 @@ def peft_key(name: str) -> str:
     return PEFT_PREFIX + name.replace(f".{ADAPTER}.", ".")
 
 
-def adapter_config(engine: Any) -> Any:
-    """PEFT's config of the adapter that ``engine`` trains, as its folder has it."""
-    config = copy.deepcopy(engine.module.peft_config[ADAPTER])
+def adapter_config(model: Any) -> Any:
+    """PEFT's config of the adapter on ``model``, as its folder has it."""
+    config = copy.deepcopy(model.peft_config[ADAPTER])
     config.inference_mode = True
     for name in ("target_modules", "target_parameters"):
         targets = getattr(config, name)
@@ -167,7 +171,7 @@ def adapter_config(engine: Any) -> Any:
 
 def adapter_facts(engine: Any) -> dict[str, Any]:
     """What two adapters must have in common for one to go on from the other's checkpoint."""
-    config = adapter_config(engine)
+    config = adapter_config(engine.module)
     names = ("r", "lora_alpha", "use_rslora", "target_modules", "target_parameters")
     return {name: getattr(config, name) for name in names}
 

@@ -62,7 +62,7 @@ def planned(config: dict[str, Any], layers: int, work: Work, modules: Any, param
 
 
 # shape, layers, recomputation, targets, GiB that torch.cuda.max_memory_allocated said. One H100, bf16, AutoEP EP 1,
-# ZeRO-1, r 16, one sequence of 4096 tokens in a micro-batch, 4 micro-batches.
+# ZeRO-1, r 16, one sequence of 4096 tokens in a micro-batch, 4 micro-batches; with an earlier version of this code.
 RUNS = {
     "fine, both": (FINEGRAINED, 4, False, None, 9.8),
     "fine, attention": (FINEGRAINED, 4, False, ATTENTION, 8.0),
