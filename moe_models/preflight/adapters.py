@@ -257,6 +257,8 @@ def adapter_layout_problems(ds: DsConfig, *, on_experts: bool, recompute: bool) 
     """Layouts in which adapters are not built or not tested; ``recompute``: with activation checkpointing."""
     if ds.moe.layer is not None:
         yield "--use_peft with moe.layer: not built for native layers; use expert_parallel"
+    if ds.moe.kernels == "fused":
+        yield '--use_peft with moe.kernels = "fused": the fused experts know no adapters; remove moe.kernels'
     if ds.tp_size > 1:
         yield f"--use_peft with tensor_parallel.autotp_size = {ds.tp_size}: AutoTP would not split adapters; remove it"
     if ds.sp_size > 1:

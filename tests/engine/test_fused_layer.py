@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.moe.ep_experts import GroupedExperts
 from torch import nn
 
 from moe_models.engine.fused import rows
@@ -194,6 +195,13 @@ def test_what_it_cannot_compute_stays_as_it_is() -> None:
         assert line == f'moe.kernels = "fused": 1 of 3 layers stay DeepSpeed\'s own, because {reason}'
     layers[1].comm_backend = "deepep"
     assert why_not(layers[1]) == "its tokens travel by deepep"
+
+    class AdaptedExperts(GroupedExperts):
+        """Experts with a forward pass of their own, as those of adapters are."""
+
+    adapted = autoep_layer(4, 2)
+    adapted.experts.__class__ = AdaptedExperts
+    assert why_not(adapted) == "its experts are AdaptedExperts"
 
 
 # ------------------------------------------------------------------------------------------------ several ranks

@@ -95,6 +95,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     "a selection bias": (
         {}, parity.ds_config(1, 2, moe={"balance": {"bias_update_rate": 0.01}}), {}, "no place for a selection bias",
     ),
+    "fused kernels": ({}, parity.ds_config(1, 2, moe={"kernels": "fused"}), {}, "the fused experts know no adapters"),
     "parameters on the host": (
         {}, parity.ds_config(3, 2, zero_optimization={"stage": 3, "offload_param": {"device": "cpu"}}), {},
         "offload_param.device = cpu with --use_peft",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from deepspeed.module_inject.auto_ep_comm import COMM_BACKEND
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, compute_split_plan
+from deepspeed.moe.ep_experts import GroupedExperts
 from torch import nn
 
 from moe_models.config.moe_section import Dispatch, resolve_dispatch
@@ -90,6 +91,8 @@ def why_not(layer: Any) -> str | None:
         return f"its experts' activation is {experts.activation}"
     if experts.use_triton_grouped_mm:
         return "this GPU has no grouped product that does without the host (compute capability below 9.0)"
+    if type(experts) is not GroupedExperts:
+        return f"its experts are {type(experts).__name__}"
     return None
 
 
