@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 
 from moe_models.engine.fused import kernels, rows
