@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe_models.errors import Problems, UserError, one_line, tell, warn
 from moe_models.ranks import rank, ranks_per_node, several_nodes, world_size
@@ -23,6 +23,13 @@ class RecipeArguments:
         metadata={"help": "Held-out data (like --dataset_name): its loss is reported before and after training."},
     )
     export_max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of the exported model."})
+    check_conversion: Literal["auto", "all", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "MoE blocks that are compared before the first step with what they computed before their experts "
+            "were spread: auto is all, or some evenly spread layers where they hold more than 32 GB."
+        },
+    )
 
 
 def read_checkpoint_config(name: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading files needs no GPU
 def main(words: list[str]) -> int:
     """Check, read, write, summarise."""
     arguments = parse(words)
-    export_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.max_shard_size)
+    export_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.max_shard_size, arguments.source)
     return 0
 
 
@@ -41,10 +41,15 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max_shard_size", default="5GB", help="largest safetensors file, as 5GB or 500MB (default 5GB)"
     )
+    parser.add_argument(
+        "--source",
+        help="the model that training started from, if it is no longer where it was: a folder or hub id; none: do not "
+        "compare, and pass nothing on that the trained class does not hold",
+    )
     return parser.parse_args(words)
 
 
-def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
+def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str, source: str | None = None) -> None:
     """Export ``checkpoint`` to ``output_dir``. Raises UserError for input that cannot work."""
     # 1. Everything that needs no heavy import: all problems at once.
     family, max_shard_bytes = check(checkpoint, output_dir, max_shard_size)
@@ -55,18 +60,25 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
     from moe_models.checkpoint.export import export
     from moe_models.checkpoint.from_folder import FolderSource
     from moe_models.checkpoint.hf_folder import ExportError
+    from moe_models.checkpoint.origin import compare, read_origin
     from moe_models.routing.callback import BIAS_FILE
 
-    # 2. The checkpoint's files and the model's config.
-    source = FolderSource(checkpoint, family)
+    # 2. The checkpoint's files, the model's config, and the model that it started from.
+    tensors = FolderSource(checkpoint, family)
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except Exception as error:  # transformers raises many kinds for values that it cannot use
         raise UserError(f"{checkpoint}: its config.json cannot be used: {one_line(error)}") from error
+    folder = started_from(checkpoint, source)
+    origin = read_origin(folder, family, config) if folder is not None else None
+    comparisons = []
+
     # 3. Write. A selection bias that the architecture has no place for goes into a file of its own.
     bias_left_out = (checkpoint / BIAS_FILE).exists() and not family.selection_bias
 
-    def add_bias(staged: Path) -> None:
+    def finish(staged: Path) -> None:
+        if origin is not None:
+            comparisons.append(compare(staged, origin))
         if bias_left_out:
             shutil.copy(checkpoint / BIAS_FILE, staged / BIAS_FILE)
 
@@ -74,13 +86,14 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
         with Progress(transient=True) as bar:
             task = bar.add_task("export", total=None)
             export(
-                source,
+                tensors,
                 family,
                 config,
                 output_dir,
                 companions=checkpoint,
                 max_shard_bytes=max_shard_bytes,
-                before_rename=add_bias,
+                before_rename=finish,
+                origin=origin,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except ExportError as error:
@@ -89,7 +102,9 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
         raise UserError(f"{checkpoint}: cannot be exported: {error}") from error
     # 4. Summarise.
     size = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
-    print(f"{output_dir}: {size / 1e9:.2f} GB, {source.dtype}, complete; load it with from_pretrained")
+    print(f"{output_dir}: {size / 1e9:.2f} GB, {tensors.dtype}, complete; load it with from_pretrained")
+    for comparison in comparisons:
+        print(f"source: {comparison}")
     if bias_left_out:
         warn(
             [
@@ -97,6 +112,25 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
                 f"without it; the bias of each layer is in {BIAS_FILE} beside it"
             ]
         )
+
+
+def started_from(checkpoint: Path, source: str | None) -> Path | None:
+    """The folder of the model that training started from. Raises UserError where it should be there and is not."""
+    from moe_models.checkpoint.origin import noted_origin, origin_folder
+
+    if source == "none":
+        return None
+    noted = noted_origin(checkpoint)
+    name, revision = (source, None) if source is not None else noted or ("", None)
+    if not name:  # drawn, or a checkpoint of an earlier version
+        return None
+    folder = origin_folder(name, revision)
+    if folder is None:
+        raise UserError(
+            f"{name}: the model that training started from is not there; give its folder with --source, or --source "
+            "none: the export is then not compared with it, and lacks what the trained class does not hold"
+        )
+    return folder
 
 
 def check(checkpoint: Path, output_dir: Path, max_shard_size: str) -> tuple[Family, int]:

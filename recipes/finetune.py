@@ -216,7 +216,8 @@ def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, t
 
     if ds.moe.layer is not None:
         with reading_bar(model, share=1 / ds.moe.layer.ep_size):
-            model = register_deepspeed_moe(model, ds.moe.layer, FAMILIES[model.config.model_type])
+            family = FAMILIES[model.config.model_type]
+            model = register_deepspeed_moe(model, ds.moe.layer, family, recipe.check_conversion)
     try:
         trainer = MoETrainer(
             model,
@@ -226,6 +227,7 @@ def build_trainer(model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, t
             processing_class=tokenizer,
             max_shard_bytes=parse_size(recipe.export_max_shard_size),
             balance=ds.moe.balance,
+            check_conversion=recipe.check_conversion,
         )
     except ValueError as error:  # flags that TRL finds at odds with each other or with the data
         raise UserError(one_line(error)) from error
@@ -280,6 +282,7 @@ def summarise(trainer: Any, ds: Any, peak_gib: float) -> dict[str, Any]:
         "eval_loss_before": held_out[0] if evaluated_before else None,
         "eval_loss_after": held_out[-1] if held_out else None,
         "verified": asdict(trainer.last_proof),
+        "source": asdict(trainer.last_comparison) if trainer.last_comparison else None,
         "left_out": trainer.routing.left_out,
         "checkpoint": str(Path(trainer.args.output_dir) / MODEL_FOLDER),
     }
@@ -287,6 +290,8 @@ def summarise(trainer: Any, ds: Any, peak_gib: float) -> dict[str, Any]:
 
 def print_summary(summary: dict[str, Any]) -> None:
     """The closing lines of a run."""
+    from moe_models.checkpoint.origin import Comparison
+
     proof = summary["verified"]
     held_out = [loss for loss in (summary["eval_loss_before"], summary["eval_loss_after"]) if loss is not None]
     lines = {
@@ -296,6 +301,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         "held-out loss": " -> ".join(f"{loss:.4f}" for loss in held_out),
         "model": f"{summary['checkpoint']}  (reloaded: no key missing, logits within "
         f"{proof['max_logit_difference']:.1e} of the trained model's, same top token at {proof['same_top1']:.0%})",
+        "source": str(Comparison(**summary["source"])) if summary["source"] else "",
     }
     lines = {name: text for name, text in lines.items() if text}
     print(*(f"{name:14}{text}" for name, text in lines.items()), sep="\n", flush=True)

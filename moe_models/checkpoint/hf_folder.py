@@ -66,8 +66,8 @@ class TensorWriter:
         with _refusals_of_the_disk(staging):
             self._files = ShardFiles(staging, self._shards, create=create)
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor (CPU, any stride)."""
+    def add(self, name: str, tensor: torch.Tensor, *, finite: bool = True) -> None:
+        """Write one tensor (CPU, any stride). ``finite``: refuse one that is not."""
         # 1. Refuse what the finished folder must not hold.
         if name not in self._expected:
             raise ExportError(f"{name}: not a tensor of this model's Hugging Face checkpoint")
@@ -78,10 +78,10 @@ class TensorWriter:
             raise ExportError(f"{name}: has shape {list(tensor.shape)}, expected {list(shape)}")
         if tensor.dtype != dtype:
             raise ExportError(f"{name}: is {tensor.dtype}, expected {dtype}")
-        finite = torch.isfinite(tensor)
-        if not bool(finite.all()):
-            bad = int((~finite).sum())
-            raise ExportError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
+        if finite:
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise ExportError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
         # 2. To its place.
         with _refusals_of_the_disk(self.staging):
             self._files.write(name, tensor)

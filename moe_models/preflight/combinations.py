@@ -30,6 +30,38 @@ def zero_problems(ds: DsConfig) -> Iterator[str]:
         yield 'gradient_allreduce_op = "sum": not supported with ZeRO stage 3; remove the key'
 
 
+def optimizer_problems(ds: DsConfig) -> Iterator[str]:
+    """Optimizers that DeepSpeed runs as something else in this layout, or cannot run."""
+    section = ds.raw.get("optimizer")
+    name = section.get("type") if isinstance(section, dict) else None
+    if not isinstance(name, str):
+        return
+    key = f"optimizer.type = {show(name)}"
+    if name.lower() in _NEED_BASE_SHAPES:
+        yield f"{key}: needs the base shapes of the package mup, which nothing here sets; use AdamW"
+    if name.lower() != "muon":
+        return
+    # ZeRO's partitions are where it orthogonalises. Without them a flat weight moves by its gradient.
+    if ds.zero_stage == 0:
+        yield (
+            f"{key} with zero_optimization.stage = 0: DeepSpeed then moves flattened weights by the gradient itself, "
+            "which is SGD; set stage to 1, 2 or 3"
+        )
+    if ds.zero_stage == 3 and ds.zero("reduce_scatter", True):
+        yield (
+            f"{key} with zero_optimization.stage = 3: DeepSpeed needs zero_optimization.reduce_scatter = false there; "
+            "set it, or set stage to 1 or 2"
+        )
+    if ds.tp_size > 1:
+        yield (
+            f"{key} with tensor_parallel.autotp_size = {ds.tp_size}: each peer would orthogonalise its shard of a "
+            "matrix instead of the matrix; use AdamW, or set autotp_size to 1"
+        )
+
+
+_NEED_BASE_SHAPES = ("muadam", "muadamw", "musgd")
+
+
 def autoep_zero_problems(ds: DsConfig) -> Iterator[str]:
     """AutoEP with each ZeRO stage, and with the optimizer."""
     stage = ds.zero_stage

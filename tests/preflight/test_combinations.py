@@ -256,3 +256,26 @@ def test_presets_of_the_two_kinds_of_parallelism_must_agree(ds: Any) -> None:
 def test_batch_size_counts_tensor_parallel_peers_once(ds: Any) -> None:
     batch = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     assert check_run(ds({}, tensor_parallel=TP, **batch), MIXTRAL, 4) == []
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "zero", "other", "words"),
+    [
+        ("Muon", {"stage": 0}, {}, 'optimizer.type = "Muon" with zero_optimization.stage = 0: DeepSpeed then moves'),
+        ("muon", {"stage": 3}, {}, 'optimizer.type = "muon" with zero_optimization.stage = 3: DeepSpeed needs zero_'),
+        ("Muon", {"stage": 1}, {"tensor_parallel": {"autotp_size": 2}}, 'optimizer.type = "Muon" with tensor_parallel'),
+        ("MuAdamW", {"stage": 1}, {}, 'optimizer.type = "MuAdamW": needs the base shapes of the package mup'),
+    ],
+)
+def test_optimizers_that_deepspeed_runs_as_something_else(
+    ds: Any, optimizer: str, zero: dict[str, Any], other: dict[str, Any], words: str
+) -> None:
+    config = ds(None, zero, optimizer={"type": optimizer, "params": {"lr": 1e-3}}, **other)
+    lines = [line for line in check_run(config, MIXTRAL, 2) if line.startswith("optimizer.type")]
+    assert one(lines).startswith(words)
+
+
+def test_muon_where_zero_orthogonalises(ds: Any) -> None:
+    muon = {"type": "Muon", "params": {"lr": 1e-3}}
+    for zero in ({"stage": 1}, {"stage": 2}, {"stage": 3, "reduce_scatter": False}):
+        assert check_run(ds(None, zero, optimizer=muon), MIXTRAL, 2) == []
