@@ -69,6 +69,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     "sequence parallelism, native layers": (
         {**native(), "sequence_parallel_size": 2}, "mixtral", {}, "sequence_parallel_size",
     ),
+    "Muon at ZeRO-0": (
+        parity.ds_config(0, None, optimizer={"type": "Muon", "params": {"lr": 1e-3}}), "mixtral", {}, "Muon",
+    ),
+    "a family that AutoEP would convert wrongly": (parity.ds_config(1, 2), "gpt_oss", {}, "gpt_oss"),
 }  # fmt: skip
 
 
