@@ -6,7 +6,8 @@
 Every expert is collected from the files of all ranks, ZeRO partitions are joined, and the weights are written in the
 hub's names and layout, with config.json, tokenizer and generation config. The folder appears under its name only when
 nothing is missing, no shape is wrong and every value is finite. It is byte for byte what the running training would
-have exported at that step. Memory: one projection of one layer's experts.
+have exported at that step. It is compared with the model that training started from, which the checkpoint names. What
+the trained class does not hold of that model is passed on. Memory: one projection of one layer's experts.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str, source: str | None = None) -> None:
     """Export ``checkpoint`` to ``output_dir``. Raises UserError for input that cannot work."""
     # 1. Everything that needs no heavy import: all problems at once.
-    family, max_shard_bytes = check(checkpoint, output_dir, max_shard_size)
+    family, max_shard_bytes, folder = check(checkpoint, output_dir, max_shard_size, source)
 
     from rich.progress import Progress
     from transformers import AutoConfig
@@ -69,7 +70,6 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str, s
         config = AutoConfig.from_pretrained(checkpoint)
     except Exception as error:  # transformers raises many kinds for values that it cannot use
         raise UserError(f"{checkpoint}: its config.json cannot be used: {one_line(error)}") from error
-    folder = started_from(checkpoint, source)
     origin = read_origin(folder, family, config) if folder is not None else None
     comparisons = []
 
@@ -133,8 +133,13 @@ def started_from(checkpoint: Path, source: str | None) -> Path | None:
     return folder
 
 
-def check(checkpoint: Path, output_dir: Path, max_shard_size: str) -> tuple[Family, int]:
-    """(the model's family, largest shard in bytes). Raises UserError with every problem of the three flags."""
+def check(
+    checkpoint: Path, output_dir: Path, max_shard_size: str, source: str | None = None
+) -> tuple[Family, int, Path | None]:
+    """(the model's family, largest shard in bytes, the folder that training started from).
+
+    Raises UserError with every problem of the flags.
+    """
     from moe_models.checkpoint.hf_folder import ExportError, refuse_foreign_folder
     from moe_models.families.config_json import read_model_config
     from moe_models.families.table import FAMILIES
@@ -151,6 +156,7 @@ def check(checkpoint: Path, output_dir: Path, max_shard_size: str) -> tuple[Fami
     except (ExportError, OSError) as error:
         problems.add(f"--output_dir {error}")
     family = None
+    folder = None
     if not checkpoint.is_dir():
         problems.add(f"--checkpoint {checkpoint}: no such folder; give a checkpoint-N folder that training wrote")
     else:
@@ -159,9 +165,11 @@ def check(checkpoint: Path, output_dir: Path, max_shard_size: str) -> tuple[Fami
             family = FAMILIES.get(str(model_type))
             if family is None:
                 problems.add(f"{checkpoint}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
+        with problems.note():
+            folder = started_from(checkpoint, source)
     problems.refuse()
     assert family is not None  # else there was a problem
-    return family, max_shard_bytes
+    return family, max_shard_bytes, folder
 
 
 if __name__ == "__main__":
