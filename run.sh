@@ -97,6 +97,8 @@ test)
   ruff format --check .
   ruff check .
   mypy
+  # Two at once, a file each: most tests keep one core busy.
+  [ $# -gt 0 ] || set -- -n 2 --dist loadfile
   exec "$python" -m pytest "$@"
   ;;
 esac

@@ -6,21 +6,25 @@ since when. On a file system without locks there is no protection.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from moe_models.errors import UserError
 
 LOCK_FILE = ".held"
-"""In the output folder; gone when a run is complete."""
+"""In the output folder; gone when a run has ended by itself."""
 SECONDS_TO_WAIT = 10
 """For the last moments of a run that was killed: workers of its data loader live some seconds longer."""
 
 _descriptor: int | None = None
 _path: Path | None = None
+_made: list[Path] = []
+"""The folders that :func:`hold` made, the innermost first."""
 
 
 def hold(folder: Path) -> None:
@@ -28,12 +32,17 @@ def hold(folder: Path) -> None:
 
     Raises UserError that names the holder if another process has it.
     """
-    global _descriptor, _path
+    global _descriptor, _path, _made
+    _made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     deadline = time.monotonic() + SECONDS_TO_WAIT
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # its holder ended just now, and removed the folder that it had made
+            folder.mkdir(parents=True, exist_ok=True)
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -54,15 +63,25 @@ def hold(folder: Path) -> None:
     _descriptor = descriptor
     _path = path
     os.register_at_fork(after_in_child=_not_the_childs)
+    atexit.register(give_up)
 
 
 def let_go() -> None:
-    """The run is complete: remove the file, and the lock with it."""
+    """The run is at its end: remove the file, and the lock with it."""
     global _descriptor
     if _descriptor is not None and _path is not None:
         _path.unlink(missing_ok=True)
         os.close(_descriptor)
         _descriptor = None
+
+
+def give_up() -> None:
+    """Leave nothing of :func:`hold`, and no folder that it made, unless something is in it. Called at exit, too."""
+    let_go()
+    with suppress(OSError):
+        for folder in _made:
+            folder.rmdir()
+    _made.clear()
 
 
 def holder(folder: Path) -> str | None:
@@ -121,5 +140,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 def _not_the_childs() -> None:
     """A forked child closes its copy, else it would hold the lock after the run's end."""
+    global _descriptor
     if _descriptor is not None:
         os.close(_descriptor)
+        _descriptor = None

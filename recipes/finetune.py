@@ -56,7 +56,7 @@ from moe_models.engine.compile_locks import watch_compile_locks
 from moe_models.engine.signals import ToldToStopError, end_as_told, listen
 from moe_models.errors import RunError, UserError, one_line, run, warn
 from moe_models.files import write
-from moe_models.held import hold, let_go
+from moe_models.held import give_up, hold, let_go
 from moe_models.nodes.watch import end_with, leave
 from moe_models.ranks import rank, world_size
 
@@ -112,17 +112,28 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
         watch_compile_locks()
 
     # 2. Data and model. The prepared rows go into a cache.
-    with ends_if_full(data_cache(), RunError):
-        train_rows, eval_rows = load_data(script, recipe, args)
-        model, tokenizer = make_model(recipe, args, model_args, train_rows, ds)
-        trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows)
+    try:
+        with ends_if_full(data_cache(), RunError):
+            train_rows, eval_rows = load_data(script, recipe, args)
+            model, tokenizer = make_model(recipe, args, model_args, train_rows, ds)
+            trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows)
+    except UserError:
+        give_up()
+        raise
 
     # 3. Train, and make a Hugging Face folder of the result.
-    if rank() == 0:  # a summary says that its run ended; this one has not
+    from moe_models.routing.callback import LOAD_FILE
+
+    resume = resume_value(args.resume_from_checkpoint)
+    if rank() == 0:
+        # A summary says that its run ended; this one has not. The log of a run that was killed before its first
+        # checkpoint is not this one's.
         (Path(args.output_dir) / SUMMARY).unlink(missing_ok=True)
+        if resume is None:
+            (Path(args.output_dir) / LOAD_FILE).unlink(missing_ok=True)
     try:
         with ends_if_full(args.output_dir, RunError):
-            trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
+            trainer.train(resume_from_checkpoint=resume)
             evaluate_and_export(trainer, ds, eval_rows)
     except ToldToStopError as told:
         end_as_told(told)

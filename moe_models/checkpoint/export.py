@@ -188,9 +188,8 @@ def export(
         tensors = hub_tensors(source, entry)
         if own_writer is None:
             return
-        for hub_name, tensor in tensors.items():
-            with ends_if_full(folder, ExportError, needed):
-                own_writer.add(hub_name, tensor)
+        with ends_if_full(folder, ExportError, needed):
+            own_writer.add_all(tensors)
         done += len(entry.hub)
         if progress is not None and is_writer():
             progress(done, len(expected))

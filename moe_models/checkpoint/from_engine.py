@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_models.checkpoint.source import fingerprint, is_writer
+from moe_models.checkpoint.source import fingerprint, fingerprints, is_writer
 from moe_models.checkpoint.tp_shards import join_on_rank_0, split_dimension
 from moe_models.engine.blocks import find_blocks, parameter_names
 from moe_models.families.table import Family
@@ -79,21 +79,23 @@ class EngineSource:
         with self._gathered([self._tensors[name] for name in names]):
             if not _reaches_writer(block.ep_group):
                 return None
-            # 1. Each rank takes the fingerprints of its own experts, before they travel.
+            # 1. Each rank takes the fingerprints of its own experts, before they travel. ZeRO-3's gathered tensors are
+            #    gone afterwards.
             local = block.experts(projection)
-            prints = torch.tensor([fingerprint(expert) for expert in local], device=local.device)
+            held = local.to("cpu", copy=self._zero3)
+            prints = torch.tensor(fingerprints(held), device=local.device)
             # 2. Experts and fingerprints travel to rank 0 in the order of EP ranks, which is the order of experts.
             #    Where every rank writes its own, only the fingerprints do.
-            if self.spread:
-                stacked = local.to("cpu", copy=self._zero3)
-            else:
+            alone = block.ep_group is None or dist.get_world_size(block.ep_group) == 1
+            gathered = None
+            if not self.spread and not alone:
                 gathered = _gather_to_writer(local, block.ep_group)
             all_prints = _gather_to_writer(prints, block.ep_group)
         if all_prints is not None:
             for expert, value in enumerate(all_prints.tolist()):
                 self.fingerprints[f"{path}.experts.{expert}.{projection}"] = value
-        if self.spread:
-            return stacked, block.local
+        if self.spread or alone:
+            return held, block.local
         if gathered is None:
             return None
         return gathered, range(block.num_experts)

@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from moe_models.checkpoint.threads import each
 from moe_models.errors import RunError
 
 DTYPES = {
@@ -38,8 +38,6 @@ DTYPES = {
 """What a safetensors header calls a dtype."""
 CHUNK_BYTES = 32 << 20
 """Bytes of one read. A GPU's tensor passes through host memory in pieces of this size."""
-READERS = 4
-"""Reads at the same time on one rank; more do not make a disk faster."""
 MOST_RUNS = 1 << 15
 """A join that would break a tensor into more pieces than this reads it instead."""
 LARGE_BYTES = 1 << 20
@@ -132,18 +130,8 @@ def _fill(out: torch.Tensor, runs: Sequence[Run]) -> None:
             at += piece.count
     # 2. Several at a time.
     began = time.perf_counter()
-    if len(pieces) == 1:
-        _read_piece(*pieces[0])
-    else:
-        for _ in _readers(os.getpid()).map(lambda piece: _read_piece(*piece), pieces):
-            pass
+    each(lambda piece: _read_piece(*piece), pieces)
     TALLY.seconds += time.perf_counter() - began
-
-
-@cache
-def _readers(pid: int) -> ThreadPoolExecutor:
-    """The reading threads of this process; threads do not survive a fork."""
-    return ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="read")
 
 
 def _read_piece(out: torch.Tensor, run: Run) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moe_models.checkpoint.hf_folder import ExportError
-from moe_models.checkpoint.source import fingerprint
+from moe_models.checkpoint.source import fingerprints as fingerprints_of
 from moe_models.checkpoint.unread import OnePartAtATime, unread_tensors
 from moe_models.engine.blocks import split_gate_up
 from moe_models.engine.plain_transformers import as_shipped, without_zero3
@@ -155,13 +155,11 @@ def tied_in(model: Any) -> set[str]:
 def tensor_fingerprints(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, int]]:
     """The fingerprint of one tensor; of each expert's gate, up and down where it holds those of a block."""
     experts, _, _ = name.rpartition(".")
+    parts = {name: tensor}
     if name.endswith(".experts.gate_up_proj"):
         gate_EFD, up_EFD = split_gate_up(tensor)
-        for e, (gate_FD, up_FD) in enumerate(zip(gate_EFD, up_EFD, strict=True)):
-            yield f"{experts}.{e}.gate", fingerprint(gate_FD)
-            yield f"{experts}.{e}.up", fingerprint(up_FD)
+        parts = {f"{experts}.{e}.gate": gate_FD for e, gate_FD in enumerate(gate_EFD)}
+        parts |= {f"{experts}.{e}.up": up_FD for e, up_FD in enumerate(up_EFD)}
     elif name.endswith(".experts.down_proj"):
-        for e, down_DF in enumerate(tensor):
-            yield f"{experts}.{e}.down", fingerprint(down_DF)
-    else:
-        yield name, fingerprint(tensor)
+        parts = {f"{experts}.{e}.down": down_DF for e, down_DF in enumerate(tensor)}
+    return zip(parts, fingerprints_of(parts.values()), strict=True)

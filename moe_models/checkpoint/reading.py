@@ -111,25 +111,7 @@ def why_ordinary(ds: DsConfig, name: str, *, quantized: bool = False) -> str | N
     if folder.is_dir() and not weight_files(folder):
         return "it has no safetensors files; model.save_pretrained writes them"
     # 2. ZeRO-3 with partitions that are not plain ranges of the tensor.
-    if ds.zero_stage < 3:
-        return None
-    offload = ds.zero("offload_param") or {}
-    if offload.get("device") == "nvme":
-        return 'zero_optimization.offload_param.device = "nvme"'
-    for key, plain in _PLAIN_PARTITIONS.items():
-        value = ds.zero(key, plain)
-        if value not in (plain, None):
-            return f"zero_optimization.{key} = {value}"
-    return None
-
-
-_PLAIN_PARTITIONS = {
-    "zero_hpz_partition_size": 1,
-    "mics_shard_size": -1,
-    "zero_quantized_weights": False,
-    "zero_quantized_nontrainable_weights": False,
-}
-"""Keys under which ZeRO-3 cuts or stores partitions in another way, and the value that leaves them plain."""
+    return ds.odd_partitions
 
 
 def ordinary_warning(name: str, why: str) -> str:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from moe_models.checkpoint.threads import each
+
 
 class TensorSource(Protocol):
     """Where an export takes its tensors from. A collective source returns None on ranks that do not write."""
@@ -36,6 +38,11 @@ class TensorSource(Protocol):
 def is_writer() -> bool:
     """Whether this process writes the folder: rank 0, or the only process."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def fingerprints(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """:func:`fingerprint` of each."""
+    return each(fingerprint, tensors)
 
 
 def fingerprint(tensor: torch.Tensor) -> int:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -79,22 +80,41 @@ _loading: list[bool] = []
 
 
 class _UnreadFile:
-    """What transformers uses of ``safetensors.safe_open``."""
+    """What transformers uses of ``safetensors.safe_open``. The file is opened when something is asked of it."""
+
+    mapped: ClassVar[set[_UnreadFile]] = set()
+    """Those that are open. safetensors maps a file whole, and the pages that were read count as this process's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._file: Any = safe_open(*args, **kwargs)
+        self._open = partial(safe_open, *args, **kwargs)
+        self._file: Any = None
+
+    @property
+    def file(self) -> Any:
+        """safetensors' own reader."""
+        if self._file is None:
+            self._file = self._open()
+            self.mapped.add(self)
+        return self._file
+
+    @classmethod
+    def unmap_all(cls) -> None:
+        """Close the files; tensors that are still used keep their mapping."""
+        for unread in cls.mapped:
+            unread._file = None
+        cls.mapped.clear()
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
-        return list(self._file.keys())
+        return list(self.file.keys())
 
     def metadata(self) -> Any:
         """The strings beside the tensors."""
-        return self._file.metadata()
+        return self.file.metadata()
 
     def get_tensor(self, name: str) -> Unread:
         """One tensor. safetensors maps the file, so that its shape costs no memory."""
-        return Unread(lambda: self._file.get_tensor(name), self._file.get_tensor(name).to("meta"))
+        return Unread(lambda: self.file.get_tensor(name), self.file.get_tensor(name).to("meta"))
 
     get_slice = get_tensor
 
@@ -102,7 +122,7 @@ class _UnreadFile:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Stays open: the tensors are read later, and the file is closed with the last of them."""
+        """The tensors are read later."""
 
 
 # upstream: transformers 5.20.2: from_pretrained reads every tensor at once; what it can leave on the disk ("offload")
@@ -170,6 +190,7 @@ class OnePartAtATime:
         """Take them away again."""
         for module, key, parameter in self._unread.pop(path):
             module._parameters[key] = parameter
+        _UnreadFile.unmap_all()
 
     def read_the_rest(self) -> None:
         """Show what no forward pass has used."""

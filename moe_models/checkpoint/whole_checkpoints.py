@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from moe_models.checkpoint.resume import LAYOUT_FILE, describe_engine
 from moe_models.checkpoint.source import is_writer
@@ -39,8 +39,8 @@ REPLACED = ".replaced"
 """Ending of an earlier checkpoint of the same step, in the staging folder, between two renames."""
 
 
-SMALL_FILE = 2**20
-"""More than the files that transformers writes beside DeepSpeed's (random states, counters)."""
+BESIDE_TENSORS = 2**20
+"""More than torch.save writes beside the tensors of a file: names, padding, and all of a file of random states."""
 
 
 class CheckpointError(RunError):
@@ -95,10 +95,10 @@ class WholeCheckpoints:
             self._growing = False
 
     @contextmanager
-    def noting(self, file: str | Path | None = None, needed: int = SMALL_FILE) -> Iterator[None]:
+    def noting(self, file: str | Path | None = None, needed: int = 0) -> Iterator[None]:
         """Note that a file cannot be written, and go on after the block, where the other ranks will be.
 
-        ``needed``: bytes of the file; torch does not say why it could not write.
+        ``needed``: bytes of the file's tensors; torch does not say why it could not write.
         """
         try:
             yield
@@ -106,7 +106,9 @@ class WholeCheckpoints:
             if not is_failed_write(error):
                 raise
             where = file or getattr(error, "filename", None) or self._run_dir
-            full = is_full(error) or free_bytes(where) + _on_disk(where) < needed
+            full = is_full(error)
+            if not isinstance(error, OSError):
+                full = full or free_bytes(where) + _on_disk(where) < needed + BESIDE_TENSORS
             line = f"{where}: cannot be written: {one_line(error)}"
             if full:
                 line = full_line(where, self._needed)
@@ -171,13 +173,28 @@ class WholeCheckpoints:
         if final.exists():
             os.replace(final, staged.with_name(f"{staged.name}{REPLACED}"))
         os.replace(staged, final)
-        shutil.rmtree(run_dir / STAGING_FOLDER)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=trainer.args.save_total_limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+
+        # 3. Those beyond the limit lose their names before the first of their files. transformers' rotate_checkpoints
+        #    removes them where they are, and a run that is killed meanwhile leaves half a checkpoint under its name.
+        for folder in _beyond_the_limit(run_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint):
+            os.replace(folder, run_dir / STAGING_FOLDER / folder.name)
+        shutil.rmtree(run_dir / STAGING_FOLDER, ignore_errors=True)
+
+
+def _beyond_the_limit(run_dir: Path, limit: int | None, best: str | None) -> list[Path]:
+    """The checkpoints that ``save_total_limit`` has no place for, as transformers chooses them.
+
+    The oldest first; never the latest, nor the best one.
+    """
+    if limit is None or limit <= 0:
+        return []
+    folders = [Path(name) for name in sort_checkpoints(str(run_dir), use_mtime=True)]
+    kept = {folders[-1]}
+    if best is not None:
+        kept.add(Path(best))
+    too_many = max(len(folders) - max(limit, len(kept)), 0)
+    removable = [folder for folder in folders if folder not in kept]
+    return removable[:too_many]
 
 
 # upstream: deepspeed 0.19.8: a rank that cannot write its part raises out of save_checkpoint, and the others wait in

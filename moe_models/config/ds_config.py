@@ -34,6 +34,15 @@ OFFLOAD_KEYS: dict[Offloadable, str] = {"optimizer": "offload_optimizer", "weigh
 """Key of ``zero_optimization`` that moves each of them to host memory or NVMe."""
 
 
+_PLAIN_PARTITIONS = {
+    "zero_hpz_partition_size": 1,
+    "mics_shard_size": -1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+}
+"""Keys under which ZeRO-3 cuts or stores partitions in another way, and the value that leaves them plain."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DsConfig:
     """A checked ds_config."""
@@ -90,6 +99,22 @@ class DsConfig:
             if section.get("device", "none") != "none":
                 moved.add(what)
         return frozenset(moved)
+
+    @property
+    def odd_partitions(self) -> str | None:
+        """The key with which ZeRO-3 does not keep a plain range of each tensor in memory, and its value; else None.
+
+        A rank cannot read its own partition from the model's files then.
+        """
+        if self.zero_stage < 3:
+            return None
+        if (self.zero("offload_param") or {}).get("device") == "nvme":
+            return 'zero_optimization.offload_param.device = "nvme"'
+        for key, plain in _PLAIN_PARTITIONS.items():
+            value = self.zero(key, plain)
+            if value not in (plain, None):
+                return f"zero_optimization.{key} = {value}"
+        return None
 
     @property
     def has_optimizer(self) -> bool:

@@ -47,6 +47,9 @@ LAUNCHERS = (
 )  # fmt: skip
 """What a launcher's command line has in it. A shell above it may end without ending the run (``nohup``)."""
 
+OF_A_LAUNCHER = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
+"""Variables that deepspeed's ``launch.py`` and ``torchrun`` give to the ranks."""
+
 
 class ToldToStopError(RunError):
     """The run was told to stop, and did. The message says what was saved."""
@@ -107,6 +110,8 @@ class _Ear:
                 self.reason = names[0]
             elif not self.reason and gone:
                 self.reason = f"the launcher (process {gone[-1].pid}) is gone"
+            elif not self.reason and launcher_was_lost(self._launchers):
+                self.reason = "the launcher is gone"
             if self.reason:
                 self._act(by_signal=bool(names))
 
@@ -179,13 +184,38 @@ def launchers_above(process: psutil.Process) -> list[psutil.Process]:
     found = []
     for parent in process.parents():
         try:
-            words = [word for word in parent.cmdline() if " " not in word]  # "bash -c SCRIPT" is none
+            if not _is_launcher(parent):
+                break
         except psutil.Error:
-            break
-        if not any(name in word for name in LAUNCHERS for word in words[:6]):
             break
         found.append(parent)
     return found
+
+
+def launcher_was_lost(launchers: list[psutil.Process]) -> bool:
+    """Whether a launcher of this rank had ended before the rank could look for it; ``launchers`` are those it found."""
+    try:
+        # 1. Which process must have a launcher as its parent: launch.py the deepspeed command, and a rank that has the
+        #    variables of launch.py or torchrun one of these.
+        orphan = psutil.Process()
+        if launchers:
+            orphan = launchers[-1]
+            if "deepspeed.launcher.launch" not in orphan.cmdline():
+                return False
+        elif not any(name in os.environ for name in OF_A_LAUNCHER):
+            return False
+        # 2. Has init taken it over? What init itself has started leads a process group, or is in that of init.
+        parent = orphan.parent()
+        if parent is None or not (parent.pid == 1 or parent.name() == "systemd"):
+            return False
+        return os.getpgid(orphan.pid) not in (orphan.pid, os.getpgid(parent.pid))
+    except (psutil.Error, OSError):  # it is ending at this moment: the next look will tell
+        return False
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    words = [word for word in process.cmdline() if " " not in word]  # "bash -c SCRIPT" is none
+    return any(name in word for name in LAUNCHERS for word in words[:6])
 
 
 def ranks_below(launcher: psutil.Process) -> list[psutil.Process]:

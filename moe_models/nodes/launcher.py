@@ -83,6 +83,28 @@ class _WithoutSigterm:
         return self._module.signal(number, handler)
 
 
+class _Remembering:
+    """The module ``subprocess`` for DeepSpeed's runner; remembers the process that it started last."""
+
+    def __init__(self) -> None:
+        self.last: subprocess.Popen[Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(subprocess, name)
+
+    def Popen(self, *args: Any, **options: Any) -> subprocess.Popen[Any]:  # noqa: N802 (its name there)
+        """As in ``subprocess``."""
+        self.last = subprocess.Popen(*args, **options)
+        return self.last
+
+    def code(self) -> int:
+        """Of that process, as a shell reports it: 137 for one that was killed."""
+        code = self.last.returncode if self.last is not None else 0
+        if code is None:
+            return 0
+        return 128 - code if code < 0 else code
+
+
 def main(words: list[str]) -> int:
     """Start DeepSpeed's runner with these words; returns its exit code, or 143 if a signal was handed on."""
     hand_on = _HandOn()
@@ -92,9 +114,14 @@ def main(words: list[str]) -> int:
     # pdsh), or fails itself (--no_ssh: it kills by a command that it has not made). Remove when: the launcher hands
     # SIGTERM on and waits for its children.
     runner.signal = _WithoutSigterm(signal)
+    # upstream: deepspeed 0.19.8: the runner ends with 0 when its child was killed by a signal. Remove when: it ends
+    # with another code then.
+    started = _Remembering()
+    runner.subprocess = started
     code = 0
     try:
         runner.main(words)
+        code = started.code()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
     return EXIT_TOLD if hand_on.told else code

@@ -34,13 +34,6 @@ SHARD = 5 * 10**9
 READ_GB_PER_S = 2.0
 """What the disk or file system of a node is taken to deliver where --read_gb_per_s does not say. Assumed: a local NVMe
 disk reads 3 to 7 GB/s, a shared file system often less than 2."""
-PLAIN_PARTITIONS = {
-    "zero_hpz_partition_size": 1,
-    "mics_shard_size": -1,
-    "zero_quantized_weights": False,
-    "zero_quantized_nontrainable_weights": False,
-}
-"""Keys under which ZeRO-3 cuts or stores partitions in another way, and the value that leaves them plain."""
 
 Phase = Literal["read", "train", "export"]
 
@@ -133,15 +126,7 @@ def why_whole(case: Case) -> str | None:
         return "its weights are quantized (quantization_config)"
     if not case.safetensors:
         return "it has no safetensors files"
-    if case.ds.zero_stage < 3:
-        return None
-    if (case.ds.zero("offload_param") or {}).get("device") == "nvme":
-        return 'zero_optimization.offload_param.device = "nvme"'
-    for key, plain in PLAIN_PARTITIONS.items():
-        value = case.ds.zero(key, plain)
-        if value not in (plain, None):
-            return f"zero_optimization.{key} = {value}"
-    return None
+    return case.ds.odd_partitions
 
 
 def has_safetensors(name: str) -> bool:

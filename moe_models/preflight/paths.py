@@ -14,6 +14,8 @@ from moe_models.ranks import rank
 
 DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
 """File endings the recipes read as a data set."""
+UNFINISHED = (LOCK_FILE, ".writing", ".model.writing", "expert_load.jsonl")
+"""What a run leaves in its output folder that was killed before its first checkpoint. The next one removes it."""
 
 
 def start_problems(given: Any, required: Iterable[str], recipe: str) -> Iterator[str]:
@@ -34,7 +36,7 @@ def check_output_dir(path: str | Path, resume: bool | str | None = None) -> list
         return _checkpoint_problems(Path(resume))
     if rank() == 0 and holder(path) is not None:  # the other ranks would meet rank 0's own
         return [held_line(path)]
-    holds_something = path.is_dir() and any(entry.name != LOCK_FILE for entry in path.iterdir())
+    holds_something = path.is_dir() and any(entry.name not in UNFINISHED for entry in path.iterdir())
     checkpoints = [p for p in path.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     if resume and not checkpoints:
         remove = " and remove that folder" if holds_something else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +16,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from moe_models.config.moe_section import Balance
+from moe_models.disk import full_line, is_full
 from moe_models.engine.blocks import find_blocks, score_function
+from moe_models.errors import warn
 from moe_models.families.table import Family
 from moe_models.routing.bias import SelectionBias
 from moe_models.routing.load import LoadStats, overall
@@ -51,6 +54,7 @@ class Routing(TrainerCallback):
         self._peers: Any = None
         self._logged: dict[str, torch.Tensor] = {}
         self._micro_batches = 0
+        self._warned_of_the_disk = False
         self.stats: LoadStats | None = None
         self.aux: AuxLoss | None = None
         self.bias: SelectionBias | None = None
@@ -125,6 +129,21 @@ class Routing(TrainerCallback):
         if self.stats is not None:
             self.stats.reset(training=False)
 
+    def _append(self, path: Path, line: str) -> None:
+        """Add a line, whole or not at all. A full disk is a warning: the other ranks do not write, and would go on."""
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if path.exists():
+                os.truncate(path, before)
+            if not self._warned_of_the_disk:
+                warn([f"{full_line(path)}; until then the load of the experts is not logged"])
+            self._warned_of_the_disk = True
+
     def figures(self, logs: Mapping[str, Any], step: int, output_dir: str) -> dict[str, float]:
         """What to add to the Trainer's ``logs``; collective. Rank 0 appends the layers to ``expert_load.jsonl``."""
         training = "loss" in logs
@@ -148,8 +167,7 @@ class Routing(TrainerCallback):
         # 2. Every layer goes to the file.
         if not dist.is_initialized() or dist.get_rank() == 0:
             row = {"step": step, "split": "train" if training else "eval", "layers": [asdict(x) for x in layers]}
-            with (Path(output_dir) / LOAD_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._append(Path(output_dir) / LOAD_FILE, json.dumps(row) + "\n")
 
         # 3. Their summary goes to the log, in evaluation under its prefix.
         if training:

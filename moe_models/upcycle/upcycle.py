@@ -32,7 +32,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moe_models.checkpoint.hf_folder import ExportError, HFFolderWriter
-from moe_models.disk import ends_if_full
+from moe_models.disk import ends_if_full, is_full
 from moe_models.errors import Problems, UserError
 from moe_models.families.table import FAMILIES, Family
 from moe_models.files import restore_previous
@@ -122,7 +122,8 @@ def upcycle(
 
     Raises:
         UserError: all wrong inputs together, before any weight is read. Later: a dense weight that is not finite, or a
-            disk that cannot take the output; nothing is left behind then.
+            folder that cannot be written; nothing is left behind then.
+        ExportError: a disk that fills meanwhile; nothing is left behind then either.
     """
     dense = Path(dense_dir)
     output = Path(output_dir)
@@ -149,6 +150,8 @@ def upcycle(
     try:
         shards = _write_folder(dense, output, moe_config, plan, headers, shard_size, seed, progress)
     except ExportError as error:
+        if is_full(error):
+            raise
         raise UserError(f"output_dir={output}: {error}") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"output_dir={output}: {error}; name a folder that can be written") from error

@@ -18,7 +18,7 @@ from tests.support.recipe import ROOT, ForkedRecipe, command, save_model, text_r
 FIRST = "model-00001-of-00003.safetensors"
 SECOND = "model-00002-of-00003.safetensors"
 INDEX = "model.safetensors.index.json"
-ABSENT = "weights are missing or incomplete ("
+ABSENT = " weights are missing or incomplete ("
 LAYER = "model.layers.0."
 
 

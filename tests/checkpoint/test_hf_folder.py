@@ -183,3 +183,21 @@ def test_sizes() -> None:
     for text in ("", "GB", "-5GB", "0GB", "5XB", "5TB"):
         with pytest.raises(ValueError, match="is not a size"):
             parse_size(text)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_value_is_seen_wherever_it_is(dtype: str, bad: float) -> None:
+    """The check takes extremes; a vectorised loop might lose a NaN at its start, its end or between."""
+    import torch
+
+    from moe_models.checkpoint.hf_folder import _is_finite
+
+    for count in (1, 7, 64, 1001):
+        values = torch.arange(count).to(getattr(torch, dtype)) / count
+        assert _is_finite(values)
+        for place in {0, count // 3, count - 1}:
+            spoiled = values.clone()
+            spoiled[place] = bad
+            assert not _is_finite(spoiled), (count, place)
+    assert _is_finite(torch.empty(0))

@@ -7,8 +7,10 @@ CRC-32 of every parameter, partition, buffer and fp32 master, and the next losse
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,13 @@ class AtTheStart(TrainerCallback):  # type: ignore[misc]
         self.found = fingerprints(self.trainer.model_wrapped)
 
 
+def cut_from_the_first(right: Any, runs: Any, start: int, stop: int) -> Any:
+    """A slice that forgets where a rank's experts begin; what joins tensors is as it should be."""
+    if sys._getframe(1).f_code.co_name == "_slice":
+        return right(runs, 0, stop - start)
+    return right(runs, start, stop)
+
+
 def two_steps(arguments: list[str], ordinary: bool, plant: str = "") -> dict[str, Any]:
     """Start as recipes/finetune.py does, and train two steps; ``plant`` is a fault."""
     arguments = [*arguments, "--output_dir", f"{arguments[0]}/{'today' if ordinary else 'own share' + plant}"]
@@ -87,8 +96,7 @@ def two_steps(arguments: list[str], ordinary: bool, plant: str = "") -> dict[str
     if ordinary:
         way = planted(reading, "why_ordinary", lambda *_, **__: "this test")
     elif plant == "the first experts":
-        right = on_disk.cut
-        way = planted(on_disk, "cut", lambda runs, start, stop: right(runs, 0, stop - start))
+        way = planted(on_disk, "cut", partial(cut_from_the_first, on_disk.cut))
     elif plant == "left on disk":
         way = planted(reading, "read_dense", lambda *_: None)
     with way:

@@ -105,11 +105,11 @@ def test_a_thousand_ranks_in_milliseconds(tmp_path: Path) -> None:
     path.write_text(json.dumps(parity.ds_config(1, 64, sequence_parallel_size=4)))
     ds = load_ds_config(path)
     model = Model.of({"model_type": "qwen3_moe", **TINY["qwen3_moe"], "num_experts": 128})
-    start = time.perf_counter()
+    start = time.process_time()
     layout = Layout(1024, 64, sp_size=4)
     rows = traffic(Case.of(ds, model, 1024, Work(micro_batch=1, length=4096), 8))
     places = [(layout.coordinates(rank), layout.experts_of(rank, 128)) for rank in range(1024)]
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
     assert {row.group for row in rows} == {"EP", "EDP", "DP", "SP"}
     assert len(places) == 1024
 

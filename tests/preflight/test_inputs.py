@@ -44,6 +44,22 @@ def test_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert read_model_config("some-org/some-model") == {"model_type": "mixtral"}
 
 
+def test_what_a_killed_run_left_behind_is_in_nobodys_way(tmp_path: Path) -> None:
+    from moe_models.checkpoint.whole_checkpoints import STAGING_FOLDER
+    from moe_models.held import LOCK_FILE
+    from moe_models.preflight.paths import UNFINISHED
+    from moe_models.routing.callback import LOAD_FILE
+    from moe_models.trainer import MODEL_FOLDER
+
+    assert set(UNFINISHED) == {LOCK_FILE, STAGING_FOLDER, f".{MODEL_FOLDER}.writing", LOAD_FILE}
+    for name in UNFINISHED:
+        (tmp_path / name).mkdir()
+    assert check_output_dir(tmp_path) == []
+    assert one(check_output_dir(tmp_path, True)).endswith("drop --resume_from_checkpoint")
+    (tmp_path / "thesis.txt").touch()
+    assert "not empty, and no checkpoint to go on from" in one(check_output_dir(tmp_path))
+
+
 def test_output_dir(tmp_path: Path) -> None:
     assert check_output_dir(tmp_path / "new") == []
     assert check_output_dir(tmp_path) == []

@@ -12,26 +12,34 @@ import runpy
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from moe_models import disk
 from moe_models.checkpoint.space import room_warnings
+from tests.support import stops
 from tests.support.cluster import Cluster, free_port
 from tests.support.recipe import (
     ROOT,
     ForkedRecipe,
     command,
+    curve,
+    end_of,
     largest_difference,
     run_alone,
     save_model,
     start_in_cluster,
+    start_launcher,
     text_rows,
     train_in_cluster,
     write_jsonl,
 )
+from tests.support.stops import Point
+from tests.support.stops.sitecustomize import FILLER
 
 Clusters = Callable[[int], Cluster]
 
@@ -60,6 +68,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, clusters: Clusters, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the run is that has room."""
+    words = arguments(inputs, tmp_path_factory.mktemp("undisturbed") / "out", logging_steps=1)
+    result: dict[str, Any] = clusters(2).run(train_in_cluster, words)[0]
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------- on small disks
 
 
@@ -86,12 +102,15 @@ def folder_bytes(folder: Path) -> int:
 
 
 @pytest.mark.tmpfs
+@pytest.mark.conformance
 @pytest.mark.timeout(900)
-def test_the_disk_fills_while_something_is_written(inputs: Path, clusters: Clusters, tmp_path: Path) -> None:
+def test_the_disk_fills_while_something_is_written(
+    inputs: Path, undisturbed: dict[str, Any], clusters: Clusters, tmp_path: Path
+) -> None:
     """At ten points, from the first file to the export: all ranks end with one line; the rest is whole and goes on."""
-    undisturbed = clusters(2).run(train_in_cluster, arguments(inputs, tmp_path / "undisturbed"))[0]["folder"]
-    one = folder_bytes(tmp_path / "undisturbed" / "checkpoint-2")
-    model = folder_bytes(tmp_path / "undisturbed" / "model")
+    model_folder = Path(undisturbed["folder"])
+    one = folder_bytes(model_folder.with_name("checkpoint-2"))
+    model = folder_bytes(model_folder)
     # In parts of what is written: three in the first checkpoint, four in the second, three in the export.
     points = [0.05 * one, 0.5 * one, 0.99 * one, *(one + part * one for part in (0.03, 0.3, 0.7, 0.99))]
     points += [2 * one + part * model for part in (0.2, 0.6, 0.97)]
@@ -116,7 +135,136 @@ def test_the_disk_fills_while_something_is_written(inputs: Path, clusters: Clust
                 more = {"resume_from_checkpoint": last}
                 elsewhere = tmp_path / f"resumed{number}"
                 result = clusters(2).run(train_in_cluster, arguments(inputs, elsewhere, **more))[0]
-                assert largest_difference(result["folder"], undisturbed) == 0.0
+                assert largest_difference(result["folder"], model_folder) == 0.0
+
+
+@dataclass(frozen=True)
+class Fills:
+    """A kind of file, the moment before it is written, and what is whole then."""
+
+    point: Point
+    saved: list[str]
+    error: str = "CheckpointError"
+    has_model: bool = False
+
+
+def saving(at: str, who: str, call: int, text: str = "") -> Fills:
+    """A file of checkpoint-4."""
+    return Fills(Point(at, who, call, text), ["checkpoint-2"])
+
+
+def exporting(at: str, who: str = "rank 0", call: int = 1, text: str = "", **more: Any) -> Fills:
+    return Fills(Point(at, who, call, text), ["checkpoint-2", "checkpoint-4"], **{"error": "ExportError", **more})
+
+
+HF_FOLDER = "moe_models.checkpoint.hf_folder"
+WHOLE = "moe_models.checkpoint.whole_checkpoints"
+KINDS = {
+    "weights": saving("torch:save", "rank 0", 1, "global_step4/mp_rank_00_model_states"),
+    "experts": saving("torch:save", "rank 1", 1, "global_step4/layer_1_expert_"),
+    "optimizer": saving("torch:save", "rank 0", 1, "global_step4/.*optim_states"),
+    "script": saving("deepspeed.runtime.engine:DeepSpeedEngine._copy_recovery_script", "rank 0", 2),
+    "random state": saving("torch:save", "rank 1", 1, "checkpoint-4/rng_state"),
+    "config": saving("moe_models.trainer:save_companions", "rank 0", 2),
+    "layout.json": saving(f"{WHOLE}:describe_engine", "rank 0", 2),
+    "export: experts": exporting(f"{HF_FOLDER}:TensorWriter.add", "rank 1", 10),
+    "export: index": exporting(f"{HF_FOLDER}:HFFolderWriter.close_weights"),
+    "export: config": exporting("moe_models.checkpoint.export:save_companions"),
+    "summary": exporting("moe_models.files:write", error="RunError", has_model=True),
+}
+"""Files that the ranks write one after the other; each fills the disk for all that follow."""
+
+
+def train_and_fill(words: list[str], fills: Fills, small: Path) -> tuple[str, str]:
+    """(type, message) of what this rank raises when the disk of ``small`` is full from there on."""
+    from importlib import import_module
+
+    from moe_models.errors import RunError
+    from moe_models.ranks import rank
+    from tests.support.stops.sitecustomize import act_before, fill
+
+    trainer, ds, eval_rows, script = start_in_cluster(words)
+    undo = None
+    if fills.point.who == f"rank {rank()}":
+        module, _, path = fills.point.at.partition(":")
+        owner = import_module(module)
+        if path == "write":  # the recipe has taken the name already
+            owner = SimpleNamespace(write=script["write"])
+        undo = act_before(owner, path, fills.point.call, fills.point.text, lambda: fill(str(small)))
+        if path == "write":
+            script["evaluate_and_export"].__globals__["write"] = owner.write
+    try:
+        with disk.ends_if_full(small, RunError):
+            trainer.train()
+            script["evaluate_and_export"](trainer, ds, eval_rows)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    finally:
+        if undo is not None:
+            undo()
+    return "", ""
+
+
+@pytest.mark.tmpfs
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", KINDS)
+def test_the_disk_fills_before_a_kind_of_file(
+    name: str, inputs: Path, undisturbed: dict[str, Any], clusters: Clusters, tmp_path: Path
+) -> None:
+    """Both ranks end with one line; nothing half is left; what was whole is, and the run goes on from it."""
+    fills = KINDS[name]
+    with small_disk(tmp_path / "disk", 64 * 1024) as small:
+        out = small / "out"
+        told = clusters(2).run(
+            train_and_fill, arguments(inputs, out, logging_steps=1, export_max_shard_size="100KB"), fills, small
+        )
+        assert (small / FILLER).exists(), f"no such point: {told}"
+        failed = [rank for rank in told if rank != ("", "")]
+        assert [kind for kind, _ in failed] == [fills.error] * (1 if fills.has_model else 2), told
+        assert len(set(failed)) == 1
+        assert disk.FULL in failed[0][1], told
+        assert "\n" not in failed[0][1]
+        (small / FILLER).unlink()
+        there = sorted(path.name for path in out.iterdir() if path.name != "expert_load.jsonl")
+        assert there == fills.saved + (["model"] if fills.has_model else [])
+        again = arguments(inputs, out, logging_steps=1, resume_from_checkpoint="true")
+        result = clusters(2).run(train_in_cluster, again)[0]
+        assert result["steps"] == 4
+        losses = curve(result, "loss", "grad_norm")
+        assert list(losses) == [1, 2, 3, 4]
+        assert losses == curve(undisturbed, "loss", "grad_norm")
+        assert largest_difference(result["folder"], undisturbed["folder"]) == 0.0
+
+
+AT_ONCE = {
+    "optimizer": KINDS["optimizer"],
+    "expert_load.jsonl": Fills(Point("moe_models.routing.callback:asdict"), []),
+    "summary": KINDS["summary"],
+}
+"""Where the disk fills in runs under a launcher."""
+
+
+@pytest.mark.tmpfs
+@pytest.mark.conformance
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_a_run_whose_disk_fills_ends_with_one_line(name: str, inputs: Path, tmp_path: Path) -> None:
+    """Exit code 1 and one error, also where rank 0 alone has written."""
+    fills = AT_ONCE[name]
+    with small_disk(tmp_path / "disk", 64 * 1024) as small:
+        out = small / "out"
+        words = arguments(inputs, out, logging_steps=1)
+        log = tmp_path / "run.log"
+        started = start_launcher(words, log, name="run.sh", **stops.environment(fills.point, small, "full"))
+        ended = end_of(started, log, 240)
+        assert ended.code == 1, ended
+        (line,) = ended.errors
+        assert disk.FULL in line
+        assert str(small) in line
+        assert "Traceback" not in ended.stderr, ended
+        assert ("the load of the experts is not logged" in ended.stderr) is (name == "expert_load.jsonl"), ended
+        there = sorted(path.name for path in out.iterdir() if path.name not in ("expert_load.jsonl", ".held"))
+        assert there == fills.saved + (["model"] if fills.has_model else [])
 
 
 @pytest.mark.tmpfs
@@ -181,6 +329,53 @@ def test_the_cache_of_the_data(inputs: Path, kib: int, tmp_path: Path) -> None:
         assert f"{disk.FULL}: " in line, line
         assert str(cache) in line, line
         assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.tmpfs
+def test_the_log_of_the_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It alone does not end a run: a warning, no half line, and it goes on where there is room again."""
+    from moe_models.routing.callback import Routing
+    from tests.support.stops.sitecustomize import fill
+
+    routing = object.__new__(Routing)
+    routing._warned_of_the_disk = False
+    with small_disk(tmp_path / "disk", 64) as small:
+        file = small / "expert_load.jsonl"
+        routing._append(file, "first\n")
+        fill(str(small))
+        for _ in range(2):
+            routing._append(file, "x" * 10_000 + "\n")
+        assert file.read_text() == "first\n"
+        said = capsys.readouterr().err
+        assert said.count("warning: ") == 1
+        assert f"{file}: {disk.FULL}: " in said
+        (small / FILLER).unlink()
+        routing._append(file, "last\n")
+        assert file.read_text() == "first\nlast\n"
+
+
+@pytest.mark.tmpfs
+@pytest.mark.parametrize("at", [f"{HF_FOLDER}:TensorWriter.add", f"{HF_FOLDER}:HFFolderWriter.close_weights"])
+def test_upcycling(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While weights are written, and before the files beside them: one line, and nothing is left."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from moe_models.checkpoint import hf_folder
+    from moe_models.upcycle.upcycle import upcycle
+    from tests.support.stops.sitecustomize import act_before, fill
+
+    dense = tmp_path / "dense"
+    small_model = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    AutoModelForCausalLM.from_config(LlamaConfig(**small_model, num_attention_heads=4)).save_pretrained(dense)
+    with small_disk(tmp_path / "disk", 16 * 1024) as small:
+        undo = act_before(hf_folder, at.partition(":")[2], 1, "", lambda: fill(str(small)))
+        try:
+            with pytest.raises(hf_folder.ExportError) as failed:
+                upcycle(dense, small / "moe")
+        finally:
+            undo()
+        assert disk.FULL in str(failed.value)
+        assert [path.name for path in small.iterdir()] == [FILLER]
 
 
 @pytest.mark.tmpfs

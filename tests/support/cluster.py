@@ -3,32 +3,29 @@
 A cold ``import deepspeed`` costs about ten seconds, so a cluster of N gloo ranks lives for the whole test session and
 runs one module-level function after another on all ranks (:meth:`Cluster.run`). A rank that raises sends its traceback;
 a rank that dies or does not answer in time ends the whole cluster, and the next call starts a fresh one. Ranks are
-forked from a server process that has the imports behind it, so that a fresh cluster costs a second.
+forked from a server process that has the imports behind it (tests/support/warm.py), so a fresh cluster costs a second.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
-
-HEAVY = [
-    "trl", "trl.scripts.utils", "trl.trainer.sft_config", "trl.trainer.model_config", "deepspeed", "datasets",
-    "moe_models.trainer",
-]  # fmt: skip
-"""What the server of :func:`forking` imports."""
 
 
 def forking() -> Any:
     """A multiprocessing context whose processes start with the heavy imports done. For CPU processes only."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.recipe", *HEAVY])
+    context.set_forkserver_preload(["tests.support.warm"])
     return context
 
 
@@ -37,10 +34,18 @@ class ChildError(AssertionError):
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago (the caller binds it at once)."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port that was free a moment ago.
+
+    It lies below those that the kernel hands out, so no process group of another test takes it before a launcher, which
+    imports for seconds, binds it.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    choose = random.SystemRandom()  # tests seed the other one
+    while True:
+        port = choose.randrange(10_000, max(lowest, 20_000))
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Cluster:
@@ -87,16 +92,17 @@ class Cluster:
         waiting = set(range(self.world_size))
         failures: dict[int, str] = {}
         while waiting and time.monotonic() < deadline and not failures:
+            # A child that a rank leaves behind may keep both open, so a look at the process itself each second.
+            opened = [end for rank in waiting for end in (self._pipes[rank], self._processes[rank].sentinel)]
+            ready = wait(opened, timeout=1)
             for rank in sorted(waiting):
-                if not self._pipes[rank].poll(0.02):
-                    if not self._processes[rank].is_alive():
-                        failures[rank] = f"process died with exit code {self._processes[rank].exitcode}"
-                        waiting.discard(rank)
+                pipe, process = self._pipes[rank], self._processes[rank]
+                if pipe not in ready and process.is_alive():
                     continue
                 try:
-                    ok, payload = self._pipes[rank].recv()
+                    ok, payload = pipe.recv() if pipe.poll() else (False, _death(process))
                 except EOFError:
-                    ok, payload = False, f"process died with exit code {self._processes[rank].exitcode}"
+                    ok, payload = False, _death(process)
                 waiting.discard(rank)
                 if ok:
                     results[rank] = payload
@@ -127,6 +133,11 @@ class Cluster:
         return found
 
 
+def _death(process: Any) -> str:
+    process.join(5)
+    return f"process died with exit code {process.exitcode}"
+
+
 def _worker(pipe: Connection, rank: int, world_size: int, store: str, port: int) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
@@ -138,6 +149,11 @@ def _worker(pipe: Connection, rank: int, world_size: int, store: str, port: int)
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    serve(pipe)
+
+
+def serve(pipe: Connection) -> None:
+    """Run what comes through the pipe, one after another, until it is closed."""
     while True:
         try:
             function, args, kwargs = pipe.recv()

@@ -114,17 +114,24 @@ class Ended:
 
 
 def start_launcher(
-    arguments: list[str], log: Path, world_size: int = 2, name: str = "deepspeed", script: Path = SCRIPT
+    arguments: list[str],
+    log: Path,
+    world_size: int = 2,
+    name: str = "deepspeed",
+    script: Path = SCRIPT,
+    port: int | None = None,
+    **environment: str,
 ) -> subprocess.Popen[str]:
     """A launcher in a process group of its own; stdout and stderr go to ``log`` and ``log``.err."""
-    count, port = str(world_size), str(free_port())
+    count = str(world_size)
+    port_word = str(port or free_port())
     words = {
-        "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", count, "--master_port", port],
-        "run.sh": ["moe_models.nodes.launcher", "--num_gpus", count, "--master_port", port],
-        "torchrun": ["torch.distributed.run", "--nproc_per_node", count, "--master_port", port],
+        "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", count, "--master_port", port_word],
+        "run.sh": ["moe_models.nodes.launcher", "--num_gpus", count, "--master_port", port_word],
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", count, "--master_port", port_word],
         "accelerate": [
             "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1", "--num_processes", count,
-            "--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no",
+            "--main_process_port", port_word, "--mixed_precision", "no", "--dynamo_backend", "no",
         ],
     }  # fmt: skip
     launcher = [sys.executable, "-m", *words[name]]
@@ -132,7 +139,7 @@ def start_launcher(
         [*launcher, str(script), *arguments],
         stdout=log.open("w"),
         stderr=log.with_suffix(".err").open("w"),
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, **environment},
         cwd=ROOT,
         text=True,
         start_new_session=True,
