@@ -221,7 +221,7 @@ def test_merging_a_folder_without_an_engine(trained: Trained, tmp_path: Path) ->
 
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", trained.tensors, trained.config, trained.model_config)
-    proof = merge_folder(tmp_path / "adapter", tmp_path / "merged")
+    proof, _ = merge_folder(tmp_path / "adapter", tmp_path / "merged")
     assert proof.max_logit_difference < 1e-5
     base = AutoModelForCausalLM.from_pretrained(trained.source, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
