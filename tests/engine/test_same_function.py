@@ -138,9 +138,11 @@ def told(model: Any, paths: list[str], keys: dict[str, Any], planted: str = "", 
 
 def with_faults(dtype: str) -> dict[str, str]:
     """Fault -> what the check says; "" -> of the same families without one. On every rank."""
+    from moe_models.engine.library_globals import forget_engines
     from moe_models.families.table import FAMILIES, moe_blocks
     from tests.support.tiny import make_model
 
+    forget_engines()  # or the first model would be cut as the ZeRO-3 of an earlier test asked for
     found = {}
     for planted, model_type in [*FAULTS.items(), *((name, name) for name in FAULTS.values())]:
         model = make_model(model_type).to(getattr(torch, dtype))
@@ -156,6 +158,9 @@ def by_keys() -> dict[str, str]:
     """Family -> what the check says of AutoEP by JSON keys alone. On every rank."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from moe_models.engine.library_globals import forget_engines
+
+    forget_engines()
     found = {}
     for model_type, (config, keys) in WRONG_BY_KEYS.items():
         torch.manual_seed(0)
