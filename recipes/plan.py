@@ -8,6 +8,9 @@
     # an adapter (LoRA) instead of all weights
     python recipes/plan.py ... --gpus 2 --use_peft --lora_r 16
 
+    # the same as a page: layouts, ranks, traffic, and sliders for GPUs, length, micro-batch and load
+    python recipes/plan.py ... --html plan.html
+
     # hours and cost of a run over a billion tokens
     python recipes/plan.py ... --dataset_tokens 1e9 --price_per_gpu_hour 2.50
 
@@ -100,7 +103,21 @@ def main(words: list[str]) -> int:
     if arguments.write:
         write(arguments.write, json.dumps(plans[0].case.ds.raw, indent=2) + "\n")
         Console(highlight=False).print(f"\nwritten: {arguments.write}", markup=False)
+    if arguments.html:
+        write_page(request, plans, arguments)
+        Console(highlight=False).print(f"\nwritten: {arguments.html}", markup=False)
     return 0
+
+
+def write_page(request: Request, plans: list[Plan], arguments: argparse.Namespace) -> None:
+    """The plan as one HTML file."""
+    from moe_models.report.page import PLAN, assemble
+    from moe_models.report.plans import plan_data
+    from moe_models.report.text import visible
+
+    name = visible(str(arguments.model_name_or_path))
+    data = plan_data(request, plans, arguments.gpus_per_node, name)
+    write(arguments.html, assemble(data, f"Plan of {name}", PLAN))
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -124,6 +141,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--price_per_gpu_hour", type=float, metavar="PRICE", help="shows what these hours cost")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the ds_config of the best layout")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the plan as one page that needs no network")
     parser.add_argument(
         "--calibration",
         nargs="+",
@@ -173,8 +191,10 @@ def read(arguments: argparse.Namespace) -> Request:
         problems.add(
             f"--gpus {arguments.gpus}: is not a whole number of nodes of --gpus_per_node {arguments.gpus_per_node}"
         )
-    if arguments.write and (arguments.write.is_dir() or not arguments.write.resolve().parent.is_dir()):
-        problems.add(f"--write {arguments.write}: must be a file in a folder that is there")
+    for name in ("write", "html"):
+        path = getattr(arguments, name)
+        if path and (path.is_dir() or not path.resolve().parent.is_dir()):
+            problems.add(f"--{name} {path}: must be a file in a folder that is there")
 
     # 2. What they name.
     with problems.note():

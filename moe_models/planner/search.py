@@ -236,7 +236,7 @@ def search(request: Request) -> list[Plan]:
                 refused += wrong
                 continue
             accepted = True
-            best = _best_batches(request, ds, offload)
+            best = best_batches(request, ds, offload)
             plans += best
             if any(plan.verdict == "yes" for plan in best):
                 break
@@ -302,7 +302,7 @@ def ranked(plans: list[Plan]) -> list[Plan]:
     return [plan for run in runs for plan in sorted(run, key=lambda plan: plan.prediction.memory.needed)]
 
 
-def _best_batches(request: Request, ds: DsConfig, offload: Offload) -> list[Plan]:
+def best_batches(request: Request, ds: DsConfig, offload: Offload) -> list[Plan]:
     """The fastest micro-batch that fits, with or without activation checkpointing; if none does, the smallest.
 
     Then the fastest one that fits tightly, if it is faster. None at all if the batch cannot be divided among the ranks

@@ -173,9 +173,8 @@ def test_hostile_names_stay_one_word(tmp_path: Path) -> None:
 @pytest.mark.conformance
 def test_the_line_runs_as_it_is(run: Any, tmp_path: Path) -> None:
     """Pasted into a shell in a folder that has run.sh, the model and my.jsonl."""
-    save_model(tmp_path)
     words = planned(run, tmp_path, gpus=2, gpus_per_node=2)
-    save_model(tmp_path)  # run() wrote its config.json alone
+    save_model(tmp_path)
     write_jsonl(tmp_path / "my.jsonl", text_rows(32))
     for name in ("ds_configs", "recipes", "run.sh", "pyproject.toml", "moe_models", *ROOT.glob("requirements*.txt")):
         source = ROOT / name
