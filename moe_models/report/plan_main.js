@@ -136,3 +136,4 @@ function drawNumbers(plans) {
 }
 
 start();
+markEdges();
