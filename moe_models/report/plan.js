@@ -11,12 +11,12 @@ const sum = (values) => values.reduce((all, one) => all + one, 0);
 /** A prediction with names for what Python wrote as a list. */
 function named(layout, gpus, length, micro_batch, accumulation, recompute, row) {
   const memory = row.slice(1, 1 + data.parts.length);
-  const time = row.slice(1 + data.parts.length).map((tenths) => tenths / 1e4);
+  const time = row.slice(1 + data.parts.length, -1).map((tenths) => tenths / 1e4);
   const count = data.axes.gpus[gpus];
   const tokens = (micro_batch * accumulation * count * length) / data.layouts[layout].worlds[gpus].split;
   return {
     layout, gpus, verdict: row[0], memory, time, needed: sum(memory), seconds: sum(time), micro_batch, recompute,
-    accumulation, tokens, speed: tokens / sum(time), each: tokens / sum(time) / count,
+    accumulation, host: row.at(-1), tokens, speed: tokens / sum(time), each: tokens / sum(time) / count,
   };
 }
 

@@ -94,7 +94,7 @@ function drawLayouts(plans) {
     const time = stack("time", data.times, plan.time, longest * plan.tokens, seconds);
     const bars = html("div", { class: "bars" },
       memory, time,
-      html("span", { class: "what" }, `${gib(plan.needed)} of ${gib(data.usable)} GiB`),
+      html("span", { class: "what" }, plan.host > data.host ? `host: ${whole.format(plan.host)} of ${whole.format(data.host)} GiB` : `${gib(plan.needed)} of ${gib(data.usable)} GiB`),
       html("span", { class: "what" }, `${seconds(plan.seconds)} a step`));
     bars.insertBefore(bars.children[2], time);
     return html("label", { class: `layout${plan.verdict === 2 ? " not" : ""}` }, input,
@@ -125,12 +125,12 @@ function stack(kind, names, values, most, unit) {
 }
 
 function drawNumbers(plans) {
-  const names = ["layout", "batch", "ckpt", "fits", ...data.parts.map((part) => `${part}, GiB`), "in all, GiB", ...data.times.map((part) => `${part}, ms`), "step, ms", "tokens/s/GPU"];
+  const names = ["layout", "batch", "ckpt", "fits", ...data.parts.map((part) => `${part}, GiB`), "in all, GiB", "host, GiB", ...data.times.map((part) => `${part}, ms`), "step, ms", "tokens/s/GPU"];
   const head = html("tr", {}, ...names.map((name) => html("th", { scope: "col" }, name)));
   const rows = plans.map((plan) => html("tr", {},
     html("th", { scope: "row" }, data.layouts[plan.layout].name),
     ...[`${plan.micro_batch} x ${plan.accumulation}`, plan.recompute ? "yes" : "no", data.verdicts[plan.verdict],
-      ...plan.memory.map(gib), gib(plan.needed), ...plan.time.map((time) => whole.format(Math.round(1e3 * time))),
+      ...plan.memory.map(gib), gib(plan.needed), whole.format(plan.host), ...plan.time.map((time) => whole.format(Math.round(1e3 * time))),
       whole.format(Math.round(1e3 * plan.seconds)), whole.format(Math.round(plan.each))].map((text) => html("td", {}, text))));
   $("numbers").replaceChildren(html("thead", {}, head), html("tbody", {}, ...rows));
 }

@@ -19,10 +19,13 @@ from moe_models.planner.figures import PARTS, TIMES
 from moe_models.planner.predict import MEMORY_ERROR
 from moe_models.planner.search import ALIKE, ORDER, SHORTEST, Plan, Request, best_batches, evaluate
 from moe_models.planner.traffic import traffic
+from moe_models.report.text import visible
 
 FEWEST_GPUS = 8
 MOST_GPUS = 1024
 """The ends of the chart, unless the plan is for fewer or more."""
+MOST_TIMES = 4
+"""Sequences for each of the most GPUs, beyond which the one batch leaves out a number of GPUs."""
 MOST_LAYOUTS = 10
 MICRO_BATCHES = (1, 2, 4, 8)
 SKEWS = (1.0, 1.3, 2.0, 4.0)
@@ -65,7 +68,8 @@ def plan_data(request: Request, plans: list[Plan], per_node: int, name: str) -> 
         "top_k": sizes.top_k,
         "adapter": request.adapter.r if request.adapter is not None else 0,
         "device": request.device.name,
-        "measured": list(request.device.measured),
+        "measured": [visible(line) for line in request.device.measured],
+        "host": request.host_gib,
         "usable": request.device.usable_gib * GIB / MIB,
         "error": MEMORY_ERROR,
         "alike": ALIKE,
@@ -128,12 +132,13 @@ def _world(
     if there.refused(ds, recompute=False):
         return None
     first = there.case(ds, Work(micro_batch=1, length=request.length))
+    recomputes = (False,) if there.refused(ds, recompute=True) else (False, True)
     cells: list[Any] = []
     for length in axes["lengths"]:
         for micro_batch in axes["micro"]:
             for recompute in (False, True):
                 work = _work(request, first.layout, length, micro_batch, recompute)
-                if work is None:
+                if work is None or recompute not in recomputes:
                     cells.append(None)
                 else:
                     cells.append(_cell(there, plan, replace(first, work=work), axes["skews"], kinds))
@@ -141,8 +146,14 @@ def _world(
 
 
 def one_batch(request: Request, gpus: list[int]) -> int:
-    """Sequences of a step that each number of GPUs can have: the request's, if there is one for each of most GPUs."""
-    return math.lcm(*gpus) * math.ceil(request.batch / math.lcm(*gpus))
+    """Sequences of a step for all numbers of GPUs: the request's, or the next that give one to each of most GPUs.
+
+    A number of GPUs that is no power of two divides them only if that does not make them many more.
+    """
+    whole = math.lcm(*gpus)
+    if whole > MOST_TIMES * gpus[-1]:
+        whole = gpus[-1]
+    return whole * math.ceil(request.batch / whole)
 
 
 def _one_batch(request: Request, plan: Plan, per_node: int, axes: dict[str, list[Any]]) -> list[Any]:
@@ -154,20 +165,24 @@ def _one_batch(request: Request, plan: Plan, per_node: int, axes: dict[str, list
         if gpus % ds.ep_size or gpus % (ds.tp_size * ds.sp_size) or there.refused(ds, recompute=False):
             rows.append(None)
             continue
-        best = best_batches(there, ds, plan.offload)[0]
-        work = best.case.work
-        rows.append([work.micro_batch, work.accumulation, int(work.recompute), *_figures(best)])
+        best = best_batches(there, ds, plan.offload)
+        if not best:  # the batch cannot be divided
+            rows.append(None)
+            continue
+        work = best[0].case.work
+        rows.append([work.micro_batch, work.accumulation, int(work.recompute), *_figures(best[0])])
     return rows
 
 
 def _figures(plan: Plan) -> list[int]:
-    """Verdict, MiB by what holds them, tenths of a millisecond by what they are spent on."""
+    """Verdict, MiB by what holds them, tenths of a millisecond by what they are spent on, GiB of a node's host."""
     memory = plan.prediction.memory
     time = plan.prediction.time
     return [
         ORDER[plan.verdict],
         *(round(getattr(memory, part) / MIB) for part in PARTS),
         *(round(1e4 * getattr(time, part)) for part in TIMES),
+        math.ceil(plan.host_gib),
     ]
 
 
@@ -176,7 +191,7 @@ def _work(request: Request, layout: Layout, length: int, micro_batch: int, recom
 
     A micro-batch that is larger than that makes the step larger; the page takes it only if the reader chooses it.
     """
-    if length % layout.sp_size or (recompute and request.adapter is not None):
+    if length % layout.sp_size:
         return None
     sequences = request.batch * layout.tp_size * layout.sp_size // request.gpus
     if sequences % micro_batch and micro_batch < sequences:
