@@ -45,6 +45,9 @@ quickstart | finetune | pretrain | upcycle | export | check | plan | bench | rep
 -*) set -- "$verb" "$@" && verb=quickstart ;;
 *) fail "./run.sh $verb: no such verb; one of finetune, pretrain, upcycle, export, check, plan, bench, report, test" ;;
 esac
+if [ "$verb" = finetune ] || [ "$verb" = pretrain ]; then
+  [[ ${GPUS:-1} =~ ^[1-9][0-9]*$ ]] || fail "GPUS=$GPUS: must be a number from 1 on: of GPUs, or without one of CPU processes"
+fi
 if [ ! -x "$python" ] && ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
   fail "${PYTHON:-python3}: Python 3.10 or later is needed; name one: PYTHON=python3.12 ./run.sh"
 fi

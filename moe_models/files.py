@@ -23,7 +23,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file{beside_run_sh(path)}")
     if not path.is_file():
         raise UserError(f"{path}: is not a file; give the path of one JSON file")
     try:
@@ -49,6 +49,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if problems:
         raise UserError(problems)
     return data
+
+
+HERE = Path(__file__).parents[1]
+"""The folder of run.sh; of an installed package, the one it is installed in."""
+
+
+def beside_run_sh(path: str | Path) -> str:
+    """The end of a line about a path that is not there: where it is, if run.sh's folder has it. Else nothing.
+
+    Relative paths start where the command was given, as everywhere.
+    """
+    found = HERE / path
+    if Path(path).is_absolute() or not (HERE / "run.sh").is_file() or not found.exists():
+        return ""
+    return f"; there is one beside run.sh: {found}"
 
 
 def parse_size(text: str) -> int:

@@ -6,16 +6,23 @@
     # with the flags of the run, for its tokens (the defaults are finetune's own)
     python recipes/check.py ... --max_length 4096 --per_device_train_batch_size 2 --gradient_accumulation_steps 8
 
+    # whether it fits, by the same figures as recipes/plan.py
+    python recipes/check.py ... --device h200
+
 It needs the ds_config and the model's config.json, no weights. `recipes/finetune.py` makes the same checks before it
 reads a weight. It prints, from top to bottom:
 
     grid      one box for each rank, a row for each node; ranks of one colour hold one copy of the experts
     groups    EP exchanges tokens, EDP averages experts, DP the dense part, TP and SP split layers and sequences; and
               whether a group stays inside a node
-    memory    weights, gradients and optimizer states of one rank (recipes/plan.py adds activations and buffers)
+    memory    the peak of the fullest GPU by what holds it, with the figures of recipes/plan.py for the same batch:
+              weights, gradients and optimizer states in their buffers, activations, routed rows. With --device NAME
+              also what the GPU needs beside torch, and whether it fits: yes, tight (the memory is there only if the
+              prediction is right, and it was off by up to 9%) or no. Native layers, fp32 and fp16 have no prediction:
+              then it is what ZeRO's shares come to, before activations and buffers
     host      memory of a node's host to read the model, to train (what is offloaded) and to export and prove it; the
               time to read; the disk that checkpoints and the export take
-    traffic   what one rank sends in one optimizer step, over which group
+    traffic   what one rank sends in one optimizer step, over which group; in all exchanged, reduced and gathered
 
 Warnings go to stderr and change nothing. Errors go to stderr, one line each, with exit code 2; then nothing is printed.
 """
@@ -30,17 +37,20 @@ from typing import Any
 
 from rich.box import MINIMAL, SQUARE
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from moe_models.config.ds_config import DsConfig, load_ds_config
 from moe_models.config.layout import Groups
 from moe_models.config.work import Work
-from moe_models.errors import Problems, run, warn
+from moe_models.errors import Problems, UserError, run, warn
 from moe_models.families.adapters import adapter_sizes
 from moe_models.families.config_json import read_model_config
 from moe_models.families.model import Model
 from moe_models.families.table import FAMILIES
 from moe_models.planner.case import Case
+from moe_models.planner.devices import GIB, Device, device_names, read_device
+from moe_models.planner.figures import PARTS, gib, sent_by_way
 from moe_models.planner.host import (
     READ_GB_PER_S,
     adapter_bytes,
@@ -48,7 +58,10 @@ from moe_models.planner.host import (
     export_bytes,
     has_safetensors,
     host_needs,
+    offloaded_bytes,
 )
+from moe_models.planner.memory import Memory, memory_moments
+from moe_models.planner.predict import MEMORY_ERROR, Prediction, predict, refuse_unpredicted
 from moe_models.planner.shares import state_bytes
 from moe_models.planner.traffic import Flow, spans_nodes, traffic
 from moe_models.preflight.adapters import adapter_layout_problems, plan_problems
@@ -66,6 +79,8 @@ CELLS_IN_A_LINE = 8
 """Ranks side by side, half as many on a narrow screen."""
 GROUPS_SHOWN = 2
 """First groups of each kind."""
+MOMENTS = {"loss": "when the loss is taken", "backward": "in the backward pass", "step": "at the optimizer's step"}
+"""When a GPU is fullest."""
 RANKS_OF_A_GROUP = 4
 """Ranks of a group that are written out; of a larger one the first three and the last."""
 
@@ -73,7 +88,7 @@ RANKS_OF_A_GROUP = 4
 def main(words: list[str]) -> int:
     """Read, check, print. Raises UserError with every error, after the warnings are printed."""
     arguments = parse(words)
-    ds, config = read(arguments)
+    ds, config, device = read(arguments)
     world_size = arguments.world_size
     per_node = min(arguments.gpus_per_node, max(1, world_size))
     work = work_of(ds, arguments)
@@ -90,14 +105,8 @@ def main(words: list[str]) -> int:
         warnings = warnings_for_run(ds, config, world_size, per_node, work=work)
 
     if not problems.lines:
-        safetensors = has_safetensors(arguments.model_name_or_path)
-        model = Model.of(config)
-        adapter = None
-        if arguments.use_peft:
-            targets = (arguments.lora_target_modules, arguments.lora_target_parameters)
-            adapter = adapter_sizes(model.sizes, FAMILIES[config["model_type"]], config, arguments.lora_r, *targets)
-        case = Case.of(ds, model, world_size, work, per_node, safetensors=safetensors, adapter=adapter)
-        print_case(case, host_lines(case, arguments.read_gb_per_s, arguments.save_total_limit))
+        case = case_of(ds, config, work, arguments)
+        print_case(case, device, arguments)
     warn(warnings)
     problems.refuse()
     return 0
@@ -119,6 +128,13 @@ def parse(words: list[str]) -> argparse.Namespace:
         default=True,
         help="activations are recomputed in the backward pass (true)",
     )
+    parser.add_argument("--device", help=f"says whether it fits this GPU: one of {', '.join(device_names())}")
+    parser.add_argument(
+        "--calibration", nargs="+", default=[], metavar="FILE", help="measured figures of the device, as for plan"
+    )
+    parser.add_argument("--skew", type=float, default=1.3, help="tokens of the fullest expert over the mean (1.3)")
+    parser.add_argument("--host_gib", type=float, default=1000, help="host memory of a node (1000)")
+    parser.add_argument("--use_liger_kernel", action="store_true", help="the run uses Liger's kernels")
     parser.add_argument("--use_peft", action="store_true", help="an adapter (LoRA) is trained instead of all weights")
     parser.add_argument("--lora_r", type=int, default=16, help="its rank (16)")
     parser.add_argument("--lora_target_modules", nargs="+", help="its linear layers, as in recipes/finetune.py")
@@ -133,9 +149,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def read(arguments: argparse.Namespace) -> tuple[DsConfig, dict[str, Any]]:
-    """The ds_config and the model's config.json; raises UserError with everything wrong in them and in the flags."""
+def read(arguments: argparse.Namespace) -> tuple[DsConfig, dict[str, Any], Device | None]:
+    """The ds_config, the model's config.json and the device, if one is named.
+
+    Raises UserError with everything wrong in them and in the flags.
+    """
     problems = Problems()
+    device = None
     with problems.note():
         config = read_model_config(arguments.model_name_or_path)
     with problems.note():
@@ -146,10 +166,37 @@ def read(arguments: argparse.Namespace) -> tuple[DsConfig, dict[str, Any]]:
             problems.add(f"--{name} {value}: must be at least 1")
     if arguments.save_total_limit is not None and arguments.save_total_limit < 1:
         problems.add(f"--save_total_limit {arguments.save_total_limit}: must be at least 1; leave it out to keep all")
+    with problems.note():
+        if arguments.device:
+            device = read_device(arguments.device, arguments.calibration)
+        elif arguments.calibration:
+            problems.add("--calibration: does nothing without --device; add the device, or drop this one")
+    if not arguments.skew >= 1:
+        problems.add(f"--skew {arguments.skew:g}: must be at least 1")
     if not arguments.read_gb_per_s > 0:
         problems.add(f"--read_gb_per_s {arguments.read_gb_per_s:g}: must be above 0")
     problems.refuse()
-    return ds, config
+    return ds, config, device
+
+
+def case_of(ds: DsConfig, config: dict[str, Any], work: Work, arguments: argparse.Namespace) -> Case:
+    """What is checked, as recipes/plan.py plans it."""
+    model = Model.of(config)
+    adapter = None
+    if arguments.use_peft:
+        targets = (arguments.lora_target_modules, arguments.lora_target_parameters)
+        adapter = adapter_sizes(model.sizes, FAMILIES[config["model_type"]], config, arguments.lora_r, *targets)
+    return Case.of(
+        ds,
+        model,
+        arguments.world_size,
+        work,
+        min(arguments.gpus_per_node, arguments.world_size),
+        skew=arguments.skew,
+        liger=arguments.use_liger_kernel,
+        safetensors=has_safetensors(arguments.model_name_or_path),
+        adapter=adapter,
+    )
 
 
 def work_of(ds: DsConfig, arguments: argparse.Namespace) -> Work:
@@ -168,7 +215,7 @@ def work_of(ds: DsConfig, arguments: argparse.Namespace) -> Work:
     )
 
 
-def print_case(case: Case, host: str) -> None:
+def print_case(case: Case, device: Device | None, arguments: argparse.Namespace) -> None:
     """Everything that is known of the run."""
     console = Console(highlight=False)
     parts: list[RenderableType] = [
@@ -176,8 +223,8 @@ def print_case(case: Case, host: str) -> None:
         *grid(case, console.width),
         groups_table(case),
         *reach_line(case),
-        memory_lines(case),
-        host,
+        *memory_lines(case, device, arguments.host_gib),
+        host_lines(case, arguments.read_gb_per_s, arguments.save_total_limit),
         traffic_table(case),
         *dispatch_lines(case),
     ]
@@ -314,33 +361,78 @@ def _limits_groups(config: Mapping[str, Any]) -> bool:
 # --- the bytes
 
 
-def memory_lines(case: Case) -> str:
-    """The model's size, and what one rank keeps of it."""
+def memory_lines(case: Case, device: Device | None, host_gib: float) -> Iterator[str]:
+    """The model's size, what one GPU needs for it, and whether that fits."""
     sizes = case.sizes
     total = _billions(sizes.dense_params + sizes.expert_params)
     experts = _billions(sizes.expert_params)
     active = _billions(sizes.active_params)
-
-    trained = None
+    line = f"[bold]model[/bold]   {total} billion parameters: {experts} in experts; one token passes {active}"
     if case.adapter is not None:
-        trained = case.trained.share
-    states = state_bytes(case.ds, sizes, case.layout, case.work.element_bytes, trained)
+        trained_here = case.trained.elements / 1e6
+        line += f"; frozen, an adapter of rank {case.adapter.r} is trained ({trained_here:.3g} million on a rank)"
+    yield line
+
+    try:
+        refuse_unpredicted(case)
+    except UserError as error:
+        yield from _shares_lines(case, f"[dim]        {error}[/dim]")
+        return
+    if device is None:
+        moments = memory_moments(case, reserved_gib=0)
+        yield from _memory_without_device(max(moments, key=lambda moment: moment.needed))
+    else:
+        yield from _memory_of_device(predict(case, device), host_gib)
+    if case.ds.offloaded:
+        yield f"        in host memory, for each rank: {gib(offloaded_bytes(case))} ({' and '.join(case.ds.offloaded)})"
+
+
+def _memory_without_device(memory: Memory) -> Iterator[str]:
+    """The peak of the fullest GPU, as far as no device has a part in it."""
+    known = memory.allocated + memory.skew
+    yield from _peak_lines(memory, [part for part in PARTS if part != "outside"])
+    yield f"        = {gib(known)}, {MOMENTS[memory.moment]}; --device NAME says whether it fits"
+
+
+def _peak_lines(memory: Memory, parts: list[str]) -> Iterator[str]:
+    """The parts of the peak, states first, the rest on a line of its own."""
+    told = [f"{PARTS[part]} {gib(getattr(memory, part))}" for part in parts]
+    yield f"[bold]memory[/bold]  GiB of the fullest GPU: {' + '.join(told[:3])}"
+    yield f"        + {' + '.join(told[3:])}"
+
+
+def _memory_of_device(prediction: Prediction, host_gib: float) -> Iterator[str]:
+    """The peak of the fullest GPU as plan has it, and the verdict."""
+    memory = prediction.memory
+    yield from _peak_lines(memory, list(PARTS))
+    yield f"        = {gib(memory.needed)} of {prediction.device.usable_gib:.1f}, {MOMENTS[memory.moment]}"
+    verdict = prediction.verdict
+    why = f"{prediction.device.name}"
+    if verdict == "tight":
+        why += f"; the prediction was off by up to {MEMORY_ERROR:.0%}"
+    host = prediction.host
+    if host.peak > host_gib * GIB:
+        verdict = "no"
+        why = f"the host of a node needs {host.peak / GIB:,.0f} GiB to {host.fullest}, and --host_gib says {host_gib:g}"
+    yield f"[bold]fits[/bold]    {verdict}  ({why})"
+    for line in prediction.device.measured:
+        yield f"        calibrated by: {escape(line)}"
+
+
+def _shares_lines(case: Case, reason: str) -> Iterator[str]:
+    """What ZeRO's shares come to, where the planner has no prediction."""
+    trained = case.trained.share if case.adapter is not None else None
+    states = state_bytes(case.ds, case.sizes, case.layout, case.work.element_bytes, trained)
     here: dict[str, int] = {}
     on_host: dict[str, int] = {}
     for name, count in states.items():
         place = on_host if name in case.ds.offloaded else here
         place[name] = count
-    lines = [
-        f"[bold]model[/bold]   {total} billion parameters: {experts} in experts; one token passes {active}",
-        f"[bold]memory[/bold]  {_sum_of(here)}",
-        f"        = {amount(sum(here.values()))} on each rank with AdamW, before activations and buffers",
-    ]
-    if case.adapter is not None:
-        trained_here = case.trained.elements / 1e6
-        lines[0] += f"; frozen, an adapter of rank {case.adapter.r} is trained ({trained_here:.3g} million on a rank)"
+    yield f"[bold]memory[/bold]  GiB: {_sum_of(here)}"
+    yield f"        = {gib(sum(here.values()))} on each rank with AdamW, before activations and buffers"
     if on_host:
-        lines.append(f"        in host memory, for each rank: {_sum_of(on_host)}")
-    return "\n".join(lines) + "\n"
+        yield f"        in host memory, for each rank: {_sum_of(on_host)}"
+    yield reason
 
 
 def host_lines(case: Case, gb_per_s: float, save_total_limit: int | None) -> str:
@@ -350,8 +442,8 @@ def host_lines(case: Case, gb_per_s: float, save_total_limit: int | None) -> str
     if gb_per_s == READ_GB_PER_S:
         speed += " (assumed; --read_gb_per_s)"
     lines = [
-        f"[bold]host[/bold]    a node: read {amount(needs.read)}, train {amount(needs.train)}, "
-        f"export {amount(needs.export)}; peak: {needs.fullest}",
+        f"[bold]host[/bold]    a node: read {_whole_gib(needs.read)}, train {_whole_gib(needs.train)}, "
+        f"export {_whole_gib(needs.export)}; peak: {needs.fullest}",
         f"        reads {amount(needs.from_disk)} in {needs.seconds_to_read(gb_per_s):,.0f} s at {speed}",
     ]
     if needs.whole:
@@ -369,12 +461,16 @@ def host_lines(case: Case, gb_per_s: float, save_total_limit: int | None) -> str
     return "\n".join(lines) + "\n"
 
 
+def _whole_gib(count: int) -> str:
+    return f"{count / GIB:.0f} GiB"
+
+
 def _billions(parameters: int) -> str:
     return f"{parameters / 1e9:.3g}"
 
 
 def _sum_of(states: Mapping[str, int]) -> str:
-    return " + ".join(f"{name} {amount(count)}" for name, count in states.items())
+    return " + ".join(f"{name} {gib(count)}" for name, count in states.items())
 
 
 def traffic_table(case: Case) -> RenderableType:
@@ -394,6 +490,9 @@ def traffic_table(case: Case) -> RenderableType:
     table.add_column("nodes", no_wrap=True)
     for flow in flows:
         table.add_row(flow.what, flow.collective, flow.group, amount(flow.sent), _where(flow))
+    for way, total in sent_by_way(flows).items():
+        if total:
+            table.add_row(f"in all {way}", "", "", amount(total), "", style="bold")
     for where in ("inside", "across"):
         total = sum(flow.sent for flow in flows if _where(flow) == where)
         if total:

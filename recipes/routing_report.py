@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_models.errors import Problems, UserError, one_line, run, some_of
+from moe_models.families.model import Model as Planned
 from moe_models.families.table import FAMILIES, Family, moe_blocks
 from moe_models.files import whole
 
@@ -163,12 +164,22 @@ def read_model(checkpoint: Path, ds_configs: Path, run: Path | None) -> Model:
             f"--checkpoint {checkpoint}: has layers of {num_experts} to {others[-1]} experts; the page is for equal "
             "layers"
         )
-    layouts = read_layouts(ds_configs, num_experts)
+    layouts = read_layouts(ds_configs, num_experts, sizes_of(config))
     history = None
     if run is not None:
         num_layers = len(list(moe_blocks(family, config)))
         history = read_history(run, num_layers, num_experts)
     return Model(family, config, num_experts, layouts, start_layout(layouts, history), history)
+
+
+def sizes_of(config: dict[str, Any]) -> Planned | None:
+    """The model as the planner knows it; None for one whose sizes it cannot read, of which less is shown."""
+    model = Planned(family=FAMILIES[config["model_type"]], config=config)
+    try:
+        assert model.sizes
+    except UserError:
+        return None
+    return model
 
 
 def read_family(checkpoint: Path) -> tuple[Family, dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_models.errors import UserError
-from moe_models.files import read_json
+from moe_models.files import beside_run_sh, read_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """``name`` or ``owner/name``, which the hub may know."""
@@ -23,6 +23,9 @@ def read_model_config(model_name_or_path: str | Path) -> dict[str, Any]:
     if path.exists():
         raise UserError(f"{path}: is a file; give the model folder that holds config.json, or a hub id")
     name = str(model_name_or_path)
+    beside = beside_run_sh(path)
+    if beside:
+        raise UserError(f"{name}: no such folder here{beside}")
     if not HUB_ID.fullmatch(name):
         raise UserError(f"{name}: no such folder; give a model folder or a hub id such as mistralai/Mixtral-8x7B-v0.1")
     from huggingface_hub import hf_hub_download

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from moe_models.errors import UserError
 from moe_models.families.flops import train_flops
@@ -11,6 +12,20 @@ from moe_models.planner.devices import GIB, Device
 from moe_models.planner.host import Host, host_needs
 from moe_models.planner.memory import Memory, memory_moments
 from moe_models.planner.step_time import StepTime, step_time
+
+MEMORY_ERROR = 0.09
+"""Largest deviation of the predicted from the measured memory, over all measured runs (``benchmarks/plan.md``)."""
+Verdict = Literal["yes", "tight", "no"]
+"""Whether something fits: with room for :data:`MEMORY_ERROR`, only if the prediction is right, or not at all."""
+
+
+def verdict_of(needed: int, usable: float) -> Verdict:
+    """Whether a GPU that has ``usable`` bytes takes what is predicted to need ``needed``."""
+    if needed > usable:
+        return "no"
+    if needed * (1 + MEMORY_ERROR) > usable:
+        return "tight"
+    return "yes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +41,14 @@ class Prediction:
     """What the host of one node needs."""
 
     @property
-    def fits(self) -> bool:
+    def verdict(self) -> Verdict:
         """Whether the memory it needs is there."""
-        return self.memory.needed <= self.device.usable_gib * GIB
+        return verdict_of(self.memory.needed, self.device.usable_gib * GIB)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits if the prediction is right."""
+        return self.verdict != "no"
 
     @property
     def tokens(self) -> int:
@@ -57,12 +77,9 @@ class Prediction:
 def predict(case: Case, device: Device) -> Prediction:
     """Memory and time of a case.
 
-    Raises UserError for native layers, and for fp32 or fp16.
+    Raises UserError for what :func:`refuse_unpredicted` refuses.
     """
-    if case.ds.moe.layer is not None:
-        raise UserError("moe.layer: there is no prediction for native layers; use expert_parallel")
-    if case.ds.precision not in ("bf16", "auto"):
-        raise UserError(f"precision {case.ds.precision}: predictions are for bf16; set bf16.enabled to true")
+    refuse_unpredicted(case)
     moments = memory_moments(case, reserved_gib=device.reserved_gib)
     return Prediction(
         case=case,
@@ -71,3 +88,11 @@ def predict(case: Case, device: Device) -> Prediction:
         time=step_time(case, device),
         host=host_needs(case),
     )
+
+
+def refuse_unpredicted(case: Case) -> None:
+    """Raises UserError for native layers, and for fp32 or fp16, of which the formulas know nothing."""
+    if case.ds.moe.layer is not None:
+        raise UserError("moe.layer: there is no prediction for native layers; use expert_parallel")
+    if case.ds.precision not in ("bf16", "auto"):
+        raise UserError(f"precision {case.ds.precision}: predictions are for bf16; set bf16.enabled to true")

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from math import log
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +21,7 @@ from moe_models.families.model import Model
 from moe_models.planner.case import Case
 from moe_models.planner.devices import GIB, Device
 from moe_models.planner.memory import memory_moments
-from moe_models.planner.predict import Prediction, predict
+from moe_models.planner.predict import Prediction, Verdict, predict
 from moe_models.preflight.adapters import adapter_layout_problems
 from moe_models.preflight.flags import length_problems
 from moe_models.preflight.run import check_run
@@ -46,7 +45,9 @@ USUAL_NODE = 8
 """GPUs of a node, where a plan for less than a node looks for more GPUs."""
 LARGEST_TP = 8
 """Tensor and sequence parallelism wait for each other in every layer: within a node of 8."""
-WORTH = 1.005
+ALIKE = 0.005
+"""Layouts whose speeds differ by less are as fast as each other: the model is not better than that."""
+WORTH = 1 + ALIKE
 """How much faster tensor or sequence parallelism has to be than the same layout without it, to be shown."""
 
 
@@ -104,13 +105,18 @@ class Plan:
     offload: Offload
     host_gib: float
     """What one node needs at its peak."""
-    fits: bool
-    """On the GPUs and on the host."""
+    verdict: Verdict
+    """Whether it fits the GPUs and the host. Of the host's memory no error is known, so that it is in it or not."""
 
     @property
     def case(self) -> Case:
         """What is planned."""
         return self.prediction.case
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits by the prediction, with or without room for its error."""
+        return self.verdict != "no"
 
     @property
     def name(self) -> str:
@@ -209,10 +215,10 @@ def build(stage: int, ep: int, tp: int, sp: int, offload: Offload) -> DsConfig:
 
 
 def search(request: Request) -> list[Plan]:
-    """The best batch of every layout: those that fit, fastest first, then those that do not, by memory.
+    """The best batch of every layout: those that fit, those that fit tightly, fastest first, and the others by memory.
 
-    Offloading is tried where nothing of the layout fits without. Tensor and sequence parallelism are left out where the
-    same layout is as fast without them. Raises UserError if no layout can be made at all.
+    Offloading is tried where nothing of the layout surely fits without. Tensor and sequence parallelism are left out
+    where the same layout is as fast without them. Raises UserError if no layout can be made at all.
     """
     problems = length_problems(request.length, request.model.config)
     if problems:
@@ -230,11 +236,9 @@ def search(request: Request) -> list[Plan]:
                 refused += wrong
                 continue
             accepted = True
-            best = _best_batch(request, ds, offload)
-            if best is None:
-                continue
-            plans.append(best)
-            if best.fits:
+            best = best_batches(request, ds, offload)
+            plans += best
+            if any(plan.verdict == "yes" for plan in best):
                 break
 
     # 2. None at all: either the batch divides none of them, or the preflight says why.
@@ -248,19 +252,20 @@ def search(request: Request) -> list[Plan]:
 
     # 3. Those that are worth a row.
     worth = _worth_showing(plans)
-    return sorted(worth or plans, key=lambda plan: (not plan.fits, *_rank(plan)))
+    return ranked(worth or plans)
 
 
 def _worth_showing(plans: list[Plan]) -> list[Plan]:
     """The plans without tensor and sequence parallelism, and those with it that it makes faster."""
-    speed_without: dict[tuple[int, int], float] = {}
-    for plan in plans:
-        if plan.fits and not plan.splits_layers:
-            speed_without[_stage_and_ep(plan)] = plan.prediction.tokens_per_s
+    plain = [plan for plan in plans if plan.fits and not plan.splits_layers]
     worth = []
     for plan in plans:
-        without = speed_without.get(_stage_and_ep(plan), 0.0)
-        faster = plan.prediction.tokens_per_s > WORTH * without
+        # Against those that fit as surely: a tight one is no reason to leave out one that fits.
+        speed_without = 0.0
+        for other in plain:
+            if _stage_and_ep(other) == _stage_and_ep(plan) and ORDER[other.verdict] <= ORDER[plan.verdict]:
+                speed_without = max(speed_without, other.prediction.tokens_per_s)
+        faster = plan.prediction.tokens_per_s > WORTH * speed_without
         if not plan.splits_layers or (plan.fits and faster):
             worth.append(plan)
     return worth
@@ -270,22 +275,42 @@ def _stage_and_ep(plan: Plan) -> tuple[int, int]:
     return plan.case.ds.zero_stage, plan.case.ds.ep_size
 
 
-def _rank(plan: Plan) -> tuple[float, float]:
-    """Faster first; alike within half a percent, by memory."""
-    if not plan.fits:
-        return plan.prediction.memory.needed, 0.0
-    half_percents = round(log(plan.prediction.tokens_per_s) * 200)
-    return -half_percents, plan.prediction.memory.needed
+ORDER: dict[Verdict, int] = {"yes": 0, "tight": 1, "no": 2}
+"""Ranks of the verdicts."""
 
 
-def _best_batch(request: Request, ds: DsConfig, offload: Offload) -> Plan | None:
+def ranked(plans: list[Plan]) -> list[Plan]:
+    """Those that fit before the tight ones before those that do not.
+
+    Faster first; those within :data:`ALIKE` of the fastest of them by memory, then in their order. What does not fit
+    is ordered by memory alone.
+    """
+    # 1. By verdict, then by speed.
+    by_speed = sorted(plans, key=lambda plan: (ORDER[plan.verdict], -plan.prediction.tokens_per_s))
+
+    # 2. Runs of plans that are as fast as the first of the run.
+    runs: list[list[Plan]] = []
+    for plan in by_speed:
+        first = runs[-1][0] if runs else plan
+        alike = plan.prediction.tokens_per_s > (1 - ALIKE) * first.prediction.tokens_per_s
+        if runs and plan.verdict == first.verdict and (alike or not plan.fits):
+            runs[-1].append(plan)
+        else:
+            runs.append([plan])
+
+    # 3. In each run the one with the least memory first.
+    return [plan for run in runs for plan in sorted(run, key=lambda plan: plan.prediction.memory.needed)]
+
+
+def best_batches(request: Request, ds: DsConfig, offload: Offload) -> list[Plan]:
     """The fastest micro-batch that fits, with or without activation checkpointing; if none does, the smallest.
 
-    None if the batch cannot be divided among the ranks that read different data.
+    Then the fastest one that fits tightly, if it is faster. None at all if the batch cannot be divided among the ranks
+    that read different data.
     """
     replicas = request.gpus // (ds.tp_size * ds.sp_size)
     if request.batch % replicas:
-        return None
+        return []
     sequences = request.batch // replicas  # of one replica in one optimizer step
     micro_batches = [n for n in divisors(sequences) if n <= LARGEST_MICRO_BATCH]
     first = request.case(ds, Work(micro_batch=1, length=request.length))
@@ -304,18 +329,21 @@ def _best_batch(request: Request, ds: DsConfig, offload: Offload) -> Plan | None
             if not plan.fits and micro_batch > 1:
                 break  # a larger micro-batch needs more
             plans.append(plan)
-    fitting = [plan for plan in plans if plan.fits]
-    if fitting:
-        return min(fitting, key=_rank)
-    return min(plans, key=lambda plan: plan.prediction.memory.needed)
+    in_order = ranked(plans)
+    best = in_order[0]
+    for plan in in_order:
+        if plan.verdict == "tight":
+            faster = plan.prediction.tokens_per_s > (1 + ALIKE) * best.prediction.tokens_per_s
+            return [best, plan] if faster else [best]
+    return [best]
 
 
 def evaluate(request: Request, case: Case, offload: Offload) -> Plan:
     """One layout with one batch."""
     prediction = predict(case, request.device)
     host_gib = prediction.host.peak / GIB
-    fits = prediction.fits and host_gib <= request.host_gib
-    return Plan(prediction=prediction, offload=offload, host_gib=host_gib, fits=fits)
+    verdict = prediction.verdict if host_gib <= request.host_gib else "no"
+    return Plan(prediction=prediction, offload=offload, host_gib=host_gib, verdict=verdict)
 
 
 # --- where nothing fits
@@ -358,7 +386,7 @@ def _fewer_tokens(request: Request) -> str:
         length //= 2
         plan = frugal(replace(request, length=length))
         if plan is not None:
-            return f"fewer tokens: --seq_length {length} fits ({plan.name}, {_gib(plan)} GiB)"
+            return f"fewer tokens: --seq_length {length} fits ({plan.name}, {_gib(plan)})"
     return f"fewer tokens: not even --seq_length {length} fits"
 
 
@@ -369,12 +397,13 @@ def _more_gpus(request: Request) -> str:
         gpus *= 2
         plan = frugal(replace(request, gpus=gpus, batch=gpus))
         if plan is not None:
-            return f"more GPUs: --gpus {gpus} fits ({plan.name}, {_gib(plan)} GiB)"
+            return f"more GPUs: --gpus {gpus} fits ({plan.name}, {_gib(plan)})"
     return f"more GPUs: not even --gpus {gpus} fits; take a device with more memory"
 
 
 def _gib(plan: Plan) -> str:
-    return f"{plan.prediction.memory.needed / GIB:.0f}"
+    needed = f"{plan.prediction.memory.needed / GIB:.0f} GiB"
+    return f"tight, {needed}" if plan.verdict == "tight" else needed
 
 
 def frugal(request: Request) -> Plan | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_models.errors import show
 from moe_models.families.config_json import HUB_ID
+from moe_models.files import beside_run_sh
 from moe_models.held import LOCK_FILE, held_line, holder
 from moe_models.ranks import rank
 
@@ -73,5 +74,6 @@ def check_dataset_path(name: str | Path) -> list[str]:
             return [f"data set {path}: unknown ending {show(path.suffix)}; {allowed}"]
         return [] if path.stat().st_size else [f"data set {path}: the file is empty; {allowed}"]
     if path.suffix in DATA_ENDINGS or not HUB_ID.fullmatch(str(name)):
-        return [f"data set {path}: no such file or folder; {allowed}"]
-    return []
+        return [f"data set {path}: no such file or folder{beside_run_sh(path)}; {allowed}"]
+    beside = beside_run_sh(path)
+    return [f"data set {path}: no such file or folder here{beside}"] if beside else []

@@ -37,7 +37,22 @@ function times(ratio) {
 
 function size(bytes) {
   if (bytes < 1000) return `${bytes} B`;
-  return bytes < 1e6 ? `${(bytes / 1e3).toFixed(1)} kB` : `${(bytes / 1e6).toFixed(2)} MB`;
+  if (bytes < 1e6) return `${(bytes / 1e3).toFixed(1)} kB`;
+  return bytes < 1e9 ? `${(bytes / 1e6).toFixed(2)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
+}
+
+/** An edge that fades on the side where a table goes on, wherever tables scroll. */
+function markEdges() {
+  for (const box of document.querySelectorAll(".scroll")) {
+    const mark = () => {
+      box.classList.toggle("goes-left", box.scrollLeft > 2);
+      box.classList.toggle("goes-right", box.scrollLeft + box.clientWidth < box.scrollWidth - 2);
+    };
+    box.addEventListener("scroll", mark, { passive: true });
+    const seen = new ResizeObserver(mark);
+    seen.observe(box);
+    for (const inner of box.children) seen.observe(inner);
+  }
 }
 
 function range(first, count) {

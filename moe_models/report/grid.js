@@ -26,6 +26,15 @@ function drawGrid(table, layout, grid, costs) {
   table.replaceChildren(html("caption", {}, grid.title), html("thead", {}, head), html("tbody", {}, ...body));
 }
 
+/** What a GPU gathers and reduces under each of these layouts: weights and gradients, which no routing changes. */
+function movedBy(layouts, world) {
+  const told = layouts.map(({ zero, worlds }) => [`ZeRO-${zero}`, worlds[world].moved.map(size).join(" + ")]);
+  const different = new Map(told.map(([zero, text]) => [text, zero]));
+  if (different.size === 1) return told[0][1];
+  const rows = new Map(told.map(([zero, text]) => [`${zero}: ${text}`, null]));
+  return html("div", {}, ...[...rows.keys()].map((text) => html("div", {}, text)));
+}
+
 /** One row for each group of layouts that place ranks alike; `chosen` is the layout that the page shows. */
 function drawComparison(table, copies, layer, world, chosen) {
   const alike = new Map();
@@ -34,6 +43,8 @@ function drawComparison(table, copies, layer, world, chosen) {
     alike.set(key, [...(alike.get(key) ?? []), layout]);
   }
   const names = ["Layouts", "EP × EDP", "Experts per GPU", "Cross the wire", "Fullest GPU / mean", "Over all text"];
+  const moved = Object.values(data.layouts).some(({ worlds }) => worlds[world]?.moved);
+  if (moved) names.splice(4, 0, "Gathered + reduced in a step");
   const head = html("tr", {}, ...names.map((name) => html("th", { scope: "col" }, name)));
   const rows = [...alike.values()].sort((a, b) => a[0].ep - b[0].ep).map((layouts) => {
     const files = layouts.map(({ file }) => file.replace(/\.json$/, "")).join(", ");
@@ -54,6 +65,7 @@ function drawComparison(table, copies, layer, world, chosen) {
       times(slowdown),
       times(maxOverMean(rankLoads(layer, layout.ep))),
     ];
+    if (moved) cells.splice(3, 0, movedBy(layouts, world));
     row.append(...cells.map((text) => html("td", {}, text)));
     return row;
   });

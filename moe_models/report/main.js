@@ -219,3 +219,4 @@ function drawTop() {
 }
 
 start();
+markEdges();

@@ -7,21 +7,43 @@ import hashlib
 import html
 import json
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_models.errors import UserError
 
-SCRIPTS = ("data.js", "draw.js", "flow.js", "charts.js", "grid.js", "main.js")
-"""In this order, one script: each part uses the ones before it."""
+
+class Kind(NamedTuple):
+    """One kind of page: its files beside this one."""
+
+    body: str
+    styles: tuple[str, ...]
+    scripts: tuple[str, ...]
+    """In this order, one script: each part uses the ones before it."""
+    smaller: str
+    """What makes the page smaller."""
+
+
+ROUTING = Kind(
+    body="page.html",
+    styles=("page.css",),
+    scripts=("data.js", "draw.js", "flow.js", "charts.js", "grid.js", "main.js"),
+    smaller="route less: --max_tokens 4096",
+)
+PLAN = Kind(
+    body="plan.html",
+    styles=("page.css", "plan.css"),
+    scripts=("draw.js", "plan.js", "plan_grid.js", "plan_scale.js", "plan_main.js"),
+    smaller="plan for one number of GPUs that is a power of two",
+)
 MAX_BYTES = 2_000_000
 
 
-def assemble(data: dict[str, Any], title: str) -> str:
+def assemble(data: dict[str, Any], title: str, kind: Kind = ROUTING) -> str:
     """The page. Raises UserError if it is larger than ``MAX_BYTES``."""
     # 1. The parts. The policy names script and style by their hashes, so nothing else in the page can run.
     folder = files("moe_models.report")
-    style = "\n" + folder.joinpath("page.css").read_text(encoding="utf-8")
-    script = "\n" + "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
+    style = "\n" + "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in kind.styles)
+    script = "\n" + "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in kind.scripts)
     parts = {
         "title": html.escape(title),
         "policy": f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
@@ -32,14 +54,14 @@ def assemble(data: dict[str, Any], title: str) -> str:
     }
     # 2. Put together: text and names of parts alternate. Cut at the placeholders, not replaced one after the other,
     # because what is filled in may look like a placeholder.
-    pieces = folder.joinpath("page.html").read_text(encoding="utf-8").split("@@")
+    pieces = folder.joinpath(kind.body).read_text(encoding="utf-8").split("@@")
     for place in range(1, len(pieces), 2):
         pieces[place] = parts[pieces[place]]
     page = "".join(pieces)
     # 3. A page that can still be sent by mail.
     size = len(page.encode())
     if size > MAX_BYTES:
-        raise UserError(f"the page would have {size:,} bytes, more than {MAX_BYTES:,}; route less: --max_tokens 4096")
+        raise UserError(f"the page would have {size:,} bytes, more than {MAX_BYTES:,}; {kind.smaller}")
     return page
 
 

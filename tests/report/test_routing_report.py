@@ -17,8 +17,10 @@ import pytest
 
 from moe_models.config.layout import Layout
 from moe_models.errors import UserError, run
+from moe_models.families.model import Model
 from moe_models.families.table import FAMILIES
 from moe_models.report import data, history, layouts, record, text
+from tests.support.layouts import MIXTRAL_8X7B
 from tests.support.recipe import ROOT, save_model, words
 from tests.support.report import RECIPE, choices_of, recipe, save_run
 from tests.support.tiny import TINY
@@ -105,6 +107,23 @@ def test_every_ds_config_becomes_the_grid_that_layout_py_computes() -> None:
                 assert grid["groups"][edp][ep] == rank
                 assert dp == rank // (entry["tp"] * entry["sp"])
                 assert range(first, first + held) == layout.experts_of(rank, 4)
+
+
+def test_what_a_gpu_gathers_and_reduces_is_what_traffic_says() -> None:
+    """Mixtral's shape, 8 GPUs, one micro-batch: by hand. ZeRO-3 gathers every weight twice, ZeRO-1 once."""
+    entries = layouts.read_layouts(ROOT / "ds_configs", 8, Model.of(MIXTRAL_8X7B))
+    moved = {entry["file"]: entry["worlds"]["8"]["moved"] for entry in entries if "8" in entry["worlds"]}
+    sizes = Model.of(MIXTRAL_8X7B).sizes
+    weights = 2 * (sizes.dense_params + sizes.expert_params)
+    assert moved["zero3.json"][0] == pytest.approx(2 * weights * 7 / 8, rel=0.02)
+    assert moved["zero3.json"][1] == pytest.approx(weights * 7 / 8, rel=0.001)
+    assert moved["zero1_ep8.json"] == pytest.approx([2 * sizes.dense_params * 7 / 8, 4 * sizes.dense_params * 7 / 8])
+    assert moved["zero1_ep8_native.json"] == moved["zero1_ep8.json"]
+    assert all(
+        "moved" not in grid
+        for entry in layouts.read_layouts(ROOT / "ds_configs", 8)
+        for grid in entry["worlds"].values()
+    )
 
 
 def test_tensor_parallel_ranks_are_named(tmp_path: Path) -> None:

@@ -170,8 +170,12 @@ def test_layouts_are_compared_on_the_same_batch(page: Page, made: dict[str, Any]
             str(E // ep),
             f"{expected['crossing']} of {SAMPLE * K}",
         ]
-        assert float(shown[name][3]) == pytest.approx(expected["slowdown"], abs=0.0051)
-        assert float(shown[name][4]) == pytest.approx(rank_slowdown(made["seen"][0], ep), abs=0.0051)
+        assert float(shown[name][4]) == pytest.approx(expected["slowdown"], abs=0.0051)
+        assert float(shown[name][5]) == pytest.approx(rank_slowdown(made["seen"][0], ep), abs=0.0051)
+    assert page.texts("#compare thead th")[3:5] == ["Cross the wire", "Gathered + reduced in a step"]
+    assert shown["zero3"][2].startswith("0 of"), "nothing crosses ..."
+    gathered, reduced = re.findall(r"([\d.]+) kB", shown["zero3"][3])
+    assert float(gathered) > float(reduced) > 10, "... and every weight is gathered"
     assert shown["zero1_ep8"] == ["not on 4 GPUs"]
 
 
@@ -316,6 +320,30 @@ def test_the_page_fits_its_window_and_can_be_read(page: Page, width: int, dark: 
     finally:
         command("Emulation.clearDeviceMetricsOverride", {})
         command("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_on_a_phone_the_picture_is_under_its_buttons_and_tables_show_that_they_go_on(page: Page) -> None:
+    command = page.driver.execute_cdp_cmd
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    command("Emulation.setDeviceMetricsOverride", size)
+    try:
+        page.driver.refresh()
+        below = page.driver.execute_script(
+            "const box = (name) => document.querySelector(name).getBoundingClientRect();"
+            "return [box('#picture').top - box('.stages').bottom, box('#told').top - box('#picture').bottom]"
+        )
+        assert 0 <= below[0] < 40, "nothing is between the buttons and the picture"
+        assert below[1] >= 0
+        script = (
+            "const box = document.querySelector('[aria-label=\"Layouts compared\"]'); box.scrollLeft = arguments[0];"
+            "const next = (then) => requestAnimationFrame(() => requestAnimationFrame(then));"
+            "return new Promise((done) => next(() => done(box.className)))"
+        )
+        assert page.driver.execute_script(script, 0) == "scroll goes-right"
+        assert page.driver.execute_script(script, 60) == "scroll goes-right goes-left"
+        assert page.driver.execute_script(script, 9999) == "scroll goes-left"
+    finally:
+        command("Emulation.clearDeviceMetricsOverride", {})
 
 
 def contrast(page: Page, *names: str) -> float:

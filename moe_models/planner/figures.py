@@ -1,0 +1,56 @@
+"""How predicted figures are told: by plan, by check and on the plan's page, the same everywhere. Torch-free.
+
+Memory of a GPU and of a host is in GiB (2^30 bytes). What travels and what is on disk is in GB (10^9 bytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from moe_models.planner.devices import GIB
+from moe_models.planner.memory import Memory
+from moe_models.planner.traffic import Collective, Flow
+
+PARTS = {
+    "parameters": "weights",
+    "gradients": "grads",
+    "optimizer": "optim.",
+    "activations": "activ.",
+    "dispatch": "dispatch",
+    "buffers": "buckets",
+    "skew": "skew",
+    "outside": "other",
+}
+"""Fields of :class:`~moe_models.planner.memory.Memory`, and what they are called."""
+TIMES = {"compute": "compute", "all_to_all": "all-to-all", "reduce_gather": "reduce, gather", "optimizer": "optimizer"}
+"""Fields of :class:`~moe_models.planner.step_time.StepTime`, and what they are called."""
+WAYS: dict[Collective, str] = {
+    "all-to-all": "exchanged",
+    "all-reduce": "reduced",
+    "reduce-scatter": "reduced",
+    "all-gather": "gathered",
+}
+"""What a collective does with its bytes."""
+
+
+def gib(count: float) -> str:
+    """Bytes as GiB, without the unit."""
+    return f"{count / GIB:.1f}"
+
+
+def memory_cells(memory: Memory) -> list[str]:
+    """GiB by what holds them, in the order of :data:`PARTS`."""
+    return [gib(getattr(memory, part)) for part in PARTS]
+
+
+def sent_by_way(flows: Iterable[Flow]) -> dict[str, int]:
+    """Bytes that a rank sends in a step to exchange, to reduce and to gather; each is there, if only as 0."""
+    sent = dict.fromkeys(WAYS.values(), 0)
+    for flow in flows:
+        sent[WAYS[flow.collective]] += flow.sent
+    return sent
+
+
+def sent_across(flows: Iterable[Flow]) -> int:
+    """Bytes that a rank sends in a step in groups that span nodes."""
+    return sum(flow.sent for flow in flows if flow.across)
