@@ -1,4 +1,4 @@
-"""Reads the lessons (docs/concepts): their prose, and the numbers in it that state something."""
+"""Reads the lessons (docs/concepts, docs/cookbook): their prose, and the numbers in it that state something."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CONCEPTS = ROOT / "docs" / "concepts"
+LESSONS = [page for folder in ("concepts", "cookbook") for page in sorted((ROOT / "docs" / folder).glob("*.md"))]
 
 NUMBER = re.compile(r"(?<![\w.,/-])\d[\d,]*(?:\.\d+)?(?![\w])")
 """A number that is no part of a name: not that of top-2, H200, 2D or Mixtral-8x7B."""

@@ -1,7 +1,8 @@
 """Every command of the cookbook and of the lessons is checked: with the shapes of the models it names, without weights.
 
 Training commands go through all that a recipe checks before it reads a weight. ``plan`` and ``check`` run. What
-converts (``upcycle``, ``export``) is parsed here; ``tests/docs/test_readme.py`` runs the same commands small.
+converts or draws (``upcycle``, ``export``, ``report``) is parsed here; ``tests/docs/test_readme.py`` runs the same
+commands small.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from moe_models.files import read_json
 from tests.support.recipe import word_tokenizer  # puts recipes/ on sys.path
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted((ROOT / "docs" / "cookbook").glob("*.md")), *sorted((ROOT / "docs" / "concepts").glob("*.md"))]
+PAGES = [
+    page for folder in ("cookbook", "concepts", "samples") for page in sorted((ROOT / "docs" / folder).glob("*.md"))
+]
 FENCE = re.compile(r"```(?:bash|sh)\n(.*?)```", re.DOTALL)
 LAUNCHED = ("finetune", "pretrain")
 OTHER_PROGRAMS = ("vllm",)
@@ -82,7 +85,7 @@ def test_every_kind_of_command_is_known() -> None:
         assert "run.sh" in command or "slurm.sbatch" in command or command.startswith(OTHER_PROGRAMS), (page, command)
         if not command.startswith(OTHER_PROGRAMS):
             verbs.add(split(command)[0])
-    assert verbs == {"finetune", "pretrain", "plan", "check", "upcycle", "export"}
+    assert verbs == {"finetune", "pretrain", "plan", "check", "upcycle", "export", "report"}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_command(
         assert importlib.import_module(verb).main(words) == 0
         assert capsys.readouterr().out
     else:
-        importlib.import_module(verb).parse(words)
+        importlib.import_module({"report": "routing_report"}.get(verb, verb)).parse(words)
     if "--resume_from_checkpoint" in words:
         shutil.rmtree(checkpoint.parent)
 

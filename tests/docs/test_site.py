@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
+from urllib.request import urlopen
 
 import pytest
 
 from docs.tools import site
+from tests.support.cluster import free_port
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("docs", "ds_configs", "model_configs", "benchmarks", "moe_models", "recipes", "tests")
 LOADED = {("link", "href"), ("script", "src"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("object", "data")}
 """What a browser fetches when it shows a page. ``link`` also names pages (rel=prev and so on)."""
 
@@ -57,13 +59,15 @@ class Page(HTMLParser):
                 self.loads.append(values[name])
 
 
-def pages(built: Path) -> Iterator[tuple[Path, Page]]:
-    for file in sorted(built.rglob("*.html")):
-        yield file, Page(file.read_text())
+@pytest.fixture(scope="module")
+def read(built: Path) -> dict[Path, Page]:
+    """Every page of the site."""
+    return {file: Page(file.read_text()) for file in sorted(built.rglob("*.html"))}
 
 
-def test_every_link_of_the_site_leads_somewhere(built: Path) -> None:
-    read = dict(pages(built))
+def test_every_link_of_the_site_leads_somewhere(built: Path, read: dict[Path, Page]) -> None:
+    there = {str(path) for path in built.rglob("*") if path.is_file()}
+    anchors = {str(file): page.anchors for file, page in read.items()}
     wrong = []
     for file, page in read.items():
         if file.name == "404.html" or ("samples" in file.parts and file.name != "index.html"):
@@ -72,17 +76,17 @@ def test_every_link_of_the_site_leads_somewhere(built: Path) -> None:
             parts = urlparse(link)
             if parts.scheme or parts.netloc:
                 continue
-            target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
-            if not target.is_file():
+            target = os.path.normpath(f"{file.parent}/{unquote(parts.path)}") if parts.path else str(file)
+            if target not in there:
                 wrong.append(f"{file.relative_to(built)}: {link}: no such file")
-            elif parts.fragment and target in read and unquote(parts.fragment) not in read[target].anchors:
+            elif parts.fragment and unquote(parts.fragment) not in anchors.get(target, {unquote(parts.fragment)}):
                 wrong.append(f"{file.relative_to(built)}: {link}: no such anchor")
     assert not wrong, "\n".join(wrong)
     assert len(read) > 60
 
 
-def test_no_page_loads_anything_from_elsewhere(built: Path) -> None:
-    for file, page in pages(built):
+def test_no_page_loads_anything_from_elsewhere(built: Path, read: dict[Path, Page]) -> None:
+    for file, page in read.items():
         for loaded in page.loads:
             parts = urlparse(loaded)
             assert not parts.scheme or parts.scheme == "data", f"{file.relative_to(built)}: {loaded}"
@@ -121,7 +125,54 @@ def test_every_page_is_in_the_navigation() -> None:
     assert written <= listed, written - listed
 
 
+def test_run_sh_serves_the_site(tmp_path: Path) -> None:
+    """On this machine only, and with nothing of requirements.txt installed."""
+    # 1. A small repository, whose .venv has what the site needs (and no mark that says that it has torch).
+    small_repository(tmp_path, "Hello.")
+    for name in ("run.sh", "pyproject.toml", "requirements-docs.txt"):
+        shutil.copy2(ROOT / name, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    wanted = "".join((tmp_path / name).read_text() for name in ("requirements-docs.txt", "pyproject.toml"))
+    mark = subprocess.run(["cksum"], input=wanted, capture_output=True, text=True, check=True).stdout.strip()
+    (tmp_path / ".venv" / ".installed-docs").write_text(mark + "\n")
+
+    # 2. Serve and read.
+    port = free_port()
+    command = ["bash", str(tmp_path / "run.sh"), "docs", "--dev-addr", f"127.0.0.1:{port}", "--no-livereload"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as served:
+        try:
+            assert "Hello." in read_when_there(f"http://127.0.0.1:{port}/", served)
+        finally:
+            served.terminate()
+
+
+def read_when_there(address: str, server: subprocess.Popen[str]) -> str:
+    """The page, as soon as the server answers."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and server.poll() is None:
+        with contextlib.suppress(OSError), urlopen(address, timeout=5) as answer:
+            return answer.read().decode()
+        time.sleep(0.1)
+    server.kill()
+    raise AssertionError(server.communicate()[1])
+
+
 # --- planted
+
+
+def small_repository(folder: Path, text: str) -> None:
+    """What mkdocs.yml needs, with two pages; ``text`` is in the first."""
+    for name in ("docs", "ds_configs", "model_configs", "benchmarks"):
+        (folder / name).mkdir()
+    shutil.copytree(ROOT / "docs" / "tools", folder / "docs" / "tools")
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "docs/commands.md", "docs/site.css"):
+        (folder / name).write_text("# Page\n")
+    config = (ROOT / "mkdocs.yml").read_text()
+    (folder / "mkdocs.yml").write_text(config[: config.index("nav:\n  - Home")] + "nav: [index.md, commands.md]\n")
+    (folder / "docs" / "index.md").write_text(f"# Home\n\n{text}\n")
 
 
 @pytest.mark.parametrize(
@@ -133,15 +184,7 @@ def test_every_page_is_in_the_navigation() -> None:
     ],
 )
 def test_a_broken_link_fails_the_build(text: str, said: str, tmp_path: Path) -> None:
-    shutil.copy2(ROOT / "mkdocs.yml", tmp_path)
-    for name in ("docs", "ds_configs", "model_configs", "benchmarks"):
-        (tmp_path / name).mkdir()
-    shutil.copytree(ROOT / "docs" / "tools", tmp_path / "docs" / "tools")
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "docs/commands.md", "docs/site.css"):
-        (tmp_path / name).write_text("# Page\n")
-    config = (tmp_path / "mkdocs.yml").read_text()
-    (tmp_path / "mkdocs.yml").write_text(config[: config.index("nav:\n  - Home")] + "nav: [index.md, commands.md]\n")
-    (tmp_path / "docs" / "index.md").write_text(f"# Home\n\n{text}\n")
+    small_repository(tmp_path, text)
     done = build(tmp_path, tmp_path / "out")
     assert done.returncode == 1, done.stderr
     assert said in done.stderr
