@@ -15,6 +15,7 @@ LENGTH = 4096
 """Tokens T of one rank in one forward pass."""
 MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
 QWEN3 = "Qwen/Qwen3-30B-A3B"
+GLM = "zai-org/GLM-4.5-Air"
 DEEPSEEK = "deepseek-ai/DeepSeek-V3"
 
 
@@ -31,7 +32,7 @@ def billions(number: float) -> str:
 
 
 def models() -> str:
-    """Dense and expert parts of three models."""
+    """Dense and expert parts of published models."""
     rows = []
     for hub_id in HUB:
         sizes = model(hub_id).sizes

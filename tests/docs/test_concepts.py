@@ -30,7 +30,7 @@ from docs.tools.figures import (
     sent_gb,
 )
 from docs.tools.models import HUB, model
-from docs.tools.tables import BF16, DEEPSEEK, LENGTH, MIXTRAL, QWEN3
+from docs.tools.tables import BF16, DEEPSEEK, GLM, LENGTH, MIXTRAL, QWEN3
 from moe_models.config.ds_config import load_ds_config
 from moe_models.config.layout import Layout
 from moe_models.config.work import Work
@@ -389,6 +389,18 @@ FACTS = (
         "Liger's kernels pay most here: {} times the best baseline",
         lambda: measured("speed.md", r"\| `zero1_ep2\+liger` \| 4 \| 73,973 \| ([\d.]+)"),
     ),
+    Fact(
+        "glm-4.md",
+        "{} experts in each of {} of its {} layers, {} for each token, and a shared expert. A token uses {} of {} "
+        "billion parameters. GLM-4.5, 4.6 and 4.7 are the same class",
+        lambda: (shape(GLM)[0], shape(GLM)[1], model(GLM).sizes.layers, shape(GLM)[2], *used(GLM)[:2]),
+    ),
+    Fact(
+        "glm-4.md",
+        "At 16 bytes for each parameter it needs {:,.0f} GB to train: two nodes of 8 GPUs with 141 GB, or four with "
+        "80 GB.",
+        lambda: (16 * everything(GLM) / 1e9,),
+    ),
     Fact("several-machines.md", "on machines of 8 GPUs."),
     Fact(
         "upcycling.md",
@@ -451,6 +463,7 @@ def test_shapes_are_those_of_the_published_models() -> None:
         other = {key for key in config if theirs.get(key) != ours.get(key)}
         expected = {
             MIXTRAL: {"max_position_embeddings", "router_aux_loss_coef"},
+            GLM: {"attention_bias", "head_dim"},
             QWEN3: {"num_hidden_layers", "norm_topk_prob", "head_dim"},
         }
         assert other <= expected.get(hub_id, set()), hub_id
@@ -464,6 +477,8 @@ def test_shapes_are_those_of_the_published_models() -> None:
         (MIXTRAL, "zero3_ep8.json", 16, "h100-80g"),
         (QWEN3, "zero3_ep8.json", 8, "h100-80g"),
         (QWEN3, "zero1_ep8.json", 8, "h200"),
+        (GLM, "zero3_ep8.json", 16, "h200"),
+        (GLM, "zero3_ep8.json", 32, "h100-80g"),
     ],
 )
 def test_layouts_of_the_cookbook_fit(hub_id: str, preset: str, gpus: int, device: str) -> None:

@@ -57,7 +57,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {**HUB["mistralai/Mixtral-8x7B-v0.1"], "num_hidden_layers": 2}
     (folder / "out" / "moe" / "config.json").write_text(json.dumps(small))
     word_tokenizer().save_pretrained(folder / "my-tokenizer")
-    for name in ("my.jsonl", "chat.jsonl", "chat-heldout.jsonl", "shared/my.jsonl", "my-text/one.jsonl"):
+    for name in (
+        "my.jsonl",
+        "chat.jsonl",
+        "chat-heldout.jsonl",
+        "shared/my.jsonl",
+        "shared/chat.jsonl",
+        "my-text/one.jsonl",
+    ):
         file = folder / name
         file.parent.mkdir(exist_ok=True)
         file.write_text('{"text": "w5 w6 w7"}\n')

@@ -122,7 +122,7 @@ def test_what_a_student_looks_for_is_two_clicks_from_readme() -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"[\w./-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     written = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    assert written <= listed, written - listed
+    assert written <= listed, f"{written - listed}: add it to nav in mkdocs.yml"
 
 
 def test_run_sh_serves_the_site(tmp_path: Path) -> None:
