@@ -12,6 +12,7 @@
 #   ./run.sh plan ARGS...        which layout trains a model fastest on which GPUs, and why (seconds, no GPU)
 #   ./run.sh bench ARGS...       layouts and baselines side by side on these GPUs: tokens/s, memory, where the time goes
 #   ./run.sh report ARGS...      HTML page: which token goes to which expert on which GPU, and what imbalance costs
+#   ./run.sh docs [ARGS...]      the pages of docs/ as a site on http://127.0.0.1:8000, without a network (ARGS go to mkdocs)
 #   ./run.sh test [ARGS...]      lint, types and tests (ARGS go to pytest)
 #
 # PYTHON=python3.12 ./run.sh picks the interpreter for a new .venv. Without a GPU, GPUS counts CPU processes (2).
@@ -40,16 +41,21 @@ install() { # install MARK REQUIREMENTS...: once per content of the requirement 
 verb=${1:-quickstart}
 [ $# -gt 0 ] && shift
 case $verb in
-quickstart | finetune | pretrain | upcycle | export | check | plan | bench | report | test) ;;
--h | --help | help) sed -n '2,17p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
+quickstart | finetune | pretrain | upcycle | export | check | plan | bench | report | docs | test) ;;
+-h | --help | help) sed -n '2,18p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
 -*) set -- "$verb" "$@" && verb=quickstart ;;
-*) fail "./run.sh $verb: no such verb; one of finetune, pretrain, upcycle, export, check, plan, bench, report, test" ;;
+*) fail "./run.sh $verb: no such verb; one of finetune, pretrain, upcycle, export, check, plan, bench, report, docs, test" ;;
 esac
 if [ "$verb" = finetune ] || [ "$verb" = pretrain ]; then
   [[ ${GPUS:-1} =~ ^[1-9][0-9]*$ ]] || fail "GPUS=$GPUS: must be a number from 1 on: of GPUs, or without one of CPU processes"
 fi
 if [ ! -x "$python" ] && ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
   fail "${PYTHON:-python3}: Python 3.10 or later is needed; name one: PYTHON=python3.12 ./run.sh"
+fi
+if [ "$verb" = docs ]; then # needs nothing of what training needs
+  install docs requirements-docs.txt
+  cd "$here"
+  NO_MKDOCS_2_WARNING=1 exec "$python" -m mkdocs serve --strict --dev-addr 127.0.0.1:8000 "$@"
 fi
 install main requirements.txt
 export PATH=$venv/bin:$PATH
@@ -95,7 +101,7 @@ report)
   exec "$python" "$here/recipes/routing_report.py" "$@"
   ;;
 test)
-  install test requirements-dev.txt requirements-quickstart.txt
+  install test requirements-dev.txt requirements-docs.txt requirements-quickstart.txt
   cd "$here"
   ruff format --check .
   ruff check .
