@@ -11,9 +11,10 @@
     python recipes/export.py --checkpoint out/lora/adapter --output_dir out/merged --merge --base_model my/Mixtral-8x7B
 
 Every expert is collected from the files of all ranks, ZeRO partitions are joined, and the weights are written in the
-hub's names and layout, with config.json, tokenizer and generation config. The folder appears under its name only when
-nothing is missing, no shape is wrong and every value is finite. It is byte for byte what the running training would
-have exported at that step. Memory: one projection of one layer's experts.
+hub's names and layout, with config.json, tokenizer, generation config and a model card. The folder appears under its
+name only when nothing is missing, no shape is wrong and every value is finite. It is byte for byte what the running
+training would have exported at that step, except for what the card says was measured. Memory: one projection of one
+layer's experts.
 
 Adapters: what is written is read back by plain PEFT or plain transformers, and must answer as plain PEFT answers with
 the adapter on its base model, one decoder layer of which is in memory at a time.
@@ -171,6 +172,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
     from rich.progress import Progress
     from transformers import AutoConfig
 
+    from moe_models.checkpoint.card import measured_in, read_facts, write_card
     from moe_models.checkpoint.export import export
     from moe_models.checkpoint.from_folder import FolderSource
     from moe_models.checkpoint.hf_folder import ExportError
@@ -182,12 +184,13 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
         config = AutoConfig.from_pretrained(checkpoint)
     except Exception as error:  # transformers raises many kinds for values that it cannot use
         raise UserError(f"{checkpoint}: its config.json cannot be used: {one_line(error)}") from error
-    # 3. Write. A selection bias that the architecture has no place for goes into a file of its own.
+    # 3. Write, with a model card. A selection bias that the architecture has no place for goes into a file of its own.
     bias_left_out = (checkpoint / BIAS_FILE).exists() and not family.selection_bias
 
-    def add_bias(staged: Path) -> None:
+    def add_files(staged: Path) -> None:
         if bias_left_out:
             shutil.copy(checkpoint / BIAS_FILE, staged / BIAS_FILE)
+        write_card(staged, "model", read_facts(checkpoint), measured_in(checkpoint))
 
     try:
         with Progress(transient=True) as bar:
@@ -199,7 +202,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
                 output_dir,
                 companions=checkpoint,
                 max_shard_bytes=max_shard_bytes,
-                before_rename=add_bias,
+                before_rename=add_files,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except ExportError as error:

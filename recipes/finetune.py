@@ -120,7 +120,7 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
         with ends_if_full(data_cache(), RunError):
             train_rows, eval_rows = load_data(script, recipe, args)
             model, tokenizer = make_model(recipe, args, model_args, train_rows, ds)
-            trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows, model_args)
+            trainer = build_trainer(model, tokenizer, script, recipe, args, ds, train_rows, eval_rows, model_args)
     except UserError:
         give_up()
         raise
@@ -220,7 +220,15 @@ def read_model(recipe: Any, args: Any, model_args: Any, train_rows: Any, ds: Any
 
 
 def build_trainer(
-    model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, train_rows: Any, eval_rows: Any, model_args: Any
+    model: Any,
+    tokenizer: Any,
+    script: Any,
+    recipe: Any,
+    args: Any,
+    ds: Any,
+    train_rows: Any,
+    eval_rows: Any,
+    model_args: Any,
 ) -> Any:
     """Put the trainer together. Raises UserError for a model and data that do not fit together."""
     from moe_models.checkpoint.reading import reading_bar
@@ -255,11 +263,43 @@ def build_trainer(
     except ValueError as error:  # flags that TRL finds at odds with each other or with the data
         raise UserError(one_line(error)) from error
     trainer.adapter_layout = recipe.adapter_layout
+    if rank() == 0:
+        trainer.run_facts = run_facts(script, recipe, args, model_args, ds)
     trainer.clock = StepClock(lambda: trainer._total_train_tokens)
     trainer.add_callback(trainer.clock)
     if rank() == 0:  # it reads every prepared row
         warn(warnings_for_rows(train_rows, trainer.train_dataset, args))
     return trainer
+
+
+def run_facts(script: Any, recipe: Any, args: Any, model_args: Any, ds: Any) -> Any:
+    """What the model card says of this run before it has measured anything: a RunFacts."""
+    from moe_models.checkpoint.card import RunFacts, facts_of_base, facts_of_data, versions
+
+    replicas = world_size() // (ds.tp_size * ds.sp_size)
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * replicas
+    settings = {
+        "sequences per step": str(sequences),
+        "longest sequence": str(args.max_length),
+        "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
+        "precision": str(weights_dtype(args)).removeprefix("torch."),
+        "seed": str(args.seed),
+    }
+    if args.packing:
+        settings["packing"] = str(args.packing_strategy)
+    if args.assistant_only_loss:
+        settings["loss"] = "on the assistant's turns"
+    if model_args.use_peft:
+        settings["adapter"] = f"LoRA, rank {model_args.lora_r}, alpha {model_args.lora_alpha}"
+    if not model_args.model_name_or_path:
+        settings["start"] = "weights drawn at random"
+    return RunFacts(
+        **facts_of_base(model_args.model_name_or_path, model_args.model_revision),
+        **facts_of_data([script.dataset_name]),
+        layout=ds.layout(world_size()).describe(ds.zero_stage),
+        settings=settings,
+        versions=versions(),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ export, and a summary
@@ -297,6 +337,7 @@ def summarise(trainer: Any, ds: Any, peak_gib: float, merged: Any = None) -> dic
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     evaluated_before = trainer.args.eval_on_start and held_out
     summary = {
+        "base_model": trainer.source_config.name_or_path or None,
         "layout": describe(ds),
         "world_size": world_size(),
         "device": trainer.args.device.type,

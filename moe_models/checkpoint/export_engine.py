@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from moe_models.routing.callback import Routing
 
 
 def export_engine(
-    engine: Any, family: Family, config: Any, folder: Path, routing: Routing, **options: Any
+    engine: Any,
+    family: Family,
+    config: Any,
+    folder: Path,
+    routing: Routing,
+    add_files: Callable[[Path, ExportProof], None],
+    **options: Any,
 ) -> ExportProof | None:
     """Write the model of ``engine`` to ``folder``, an adapter added to its weights; every rank calls it.
 
@@ -30,6 +37,7 @@ def export_engine(
         folder: where the finished folder appears, by rename.
         routing: what watches and balances the routers. A selection bias that the architecture has no place for is
             left out of the comparison and written beside the weights.
+        add_files: called with the staged folder and the proof on the writing rank, to put more files into it.
         options: of :func:`~moe_models.checkpoint.export.export`.
 
     Returns:
@@ -53,6 +61,7 @@ def export_engine(
         proofs.append(prove_folder(staged, ids_BT, logits_BTV, source.fingerprints))
         if routing.left_out:
             routing.save(staged)
+        add_files(staged, proofs[0])
 
     export(source, family, config, folder, before_rename=prove, **options)
     return proofs[0] if proofs else None
