@@ -66,6 +66,7 @@ from moe_models.engine.native import mean_aux_loss, native_blocks, record_aux_lo
 from moe_models.engine.plain_transformers import remember_shipped
 from moe_models.engine.seams import check_seams
 from moe_models.engine.signals import ToldToStopError, Vote, saved_at_the_end_of_a_step
+from moe_models.engine.step_log import StepLog
 from moe_models.engine.ulysses import Ulysses
 from moe_models.engine.weight_decay import decay_groups
 from moe_models.errors import warn
@@ -140,6 +141,8 @@ class ExpertParallelTraining(Trainer):
         """Called with (tensors done, tensors in all) on the writing rank; a recipe may set it."""
         self.adapter_layout: AdapterLayout = "fused"
         """Of the experts' factors in an exported adapter; a recipe may set it."""
+        self.step_log: StepLog | None = None
+        """Adds speed, memory and time left to the log; a recipe may set it."""
         self.run_facts: RunFacts | None = None
         """What model cards say of the run, on the writing rank; a recipe may set it."""
 
@@ -386,6 +389,8 @@ class ExpertParallelTraining(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add how evenly tokens were spread: see :data:`moe_models.routing.load.LOGGED`."""
         logs.update(self.routing.figures(logs, self.state.global_step, self.args.output_dir))
+        if self.step_log is not None:
+            logs.update(self.step_log.figures(logs, self.state))
         super().log(logs, *args, **kwargs)
 
     def _log_mean(self, name: str, value: float) -> None:

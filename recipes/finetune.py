@@ -34,6 +34,7 @@ and name it; if one fails later, the others end too.
 Results, in OUTPUT_DIR:
     model           the whole model under hub names, reloaded and compared with the trained one before it got its name
     adapter         with --use_peft, instead: PEFT's own folder, read back by plain PEFT before it got its name
+    log.jsonl       every figure of every logged step; --report_to sends them to TensorBoard (default), W&B or trackio
     checkpoint-N    what --resume_from_checkpoint goes on from
     summary.json    what was measured. It is written last: where it exists, the run came to its end. (Exit code 0 does
                     not prove that: deepspeed 0.19.8 also returns 0 when its own child was killed.)
@@ -126,6 +127,7 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
         raise
 
     # 3. Train, and make a Hugging Face folder of the result.
+    from moe_models.engine.step_log import LOG_FILE
     from moe_models.routing.callback import LOAD_FILE
 
     resume = resume_value(args.resume_from_checkpoint)
@@ -135,6 +137,7 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
         (Path(args.output_dir) / SUMMARY).unlink(missing_ok=True)
         if resume is None:
             (Path(args.output_dir) / LOAD_FILE).unlink(missing_ok=True)
+            (Path(args.output_dir) / LOG_FILE).unlink(missing_ok=True)
     try:
         with ends_if_full(args.output_dir, RunError):
             trainer.train(resume_from_checkpoint=resume)
@@ -235,6 +238,7 @@ def build_trainer(
     from moe_models.data import warnings_for_rows
     from moe_models.engine.lora import continued_adapter, lora_config
     from moe_models.engine.native import register_deepspeed_moe
+    from moe_models.engine.step_log import log_in_lines
     from moe_models.families.table import FAMILIES
     from moe_models.files import parse_size
     from moe_models.meter import StepClock
@@ -267,6 +271,7 @@ def build_trainer(
         trainer.run_facts = run_facts(script, recipe, args, model_args, ds)
     trainer.clock = StepClock(lambda: trainer._total_train_tokens)
     trainer.add_callback(trainer.clock)
+    trainer.step_log = log_in_lines(trainer, trainer.clock, full=recipe.log_full)
     if rank() == 0:  # it reads every prepared row
         warn(warnings_for_rows(train_rows, trainer.train_dataset, args))
     return trainer
