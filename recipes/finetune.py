@@ -121,7 +121,9 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
         with ends_if_full(data_cache(), RunError):
             train_rows, eval_rows = load_data(script, recipe, args)
             model, tokenizer = make_model(recipe, args, model_args, train_rows, ds)
-            trainer = build_trainer(model, tokenizer, script, recipe, args, ds, train_rows, eval_rows, model_args)
+            trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows, model_args)
+            if rank() == 0:
+                trainer.run_facts = run_facts(script, args, model_args, ds)
     except UserError:
         give_up()
         raise
@@ -223,15 +225,7 @@ def read_model(recipe: Any, args: Any, model_args: Any, train_rows: Any, ds: Any
 
 
 def build_trainer(
-    model: Any,
-    tokenizer: Any,
-    script: Any,
-    recipe: Any,
-    args: Any,
-    ds: Any,
-    train_rows: Any,
-    eval_rows: Any,
-    model_args: Any,
+    model: Any, tokenizer: Any, recipe: Any, args: Any, ds: Any, train_rows: Any, eval_rows: Any, model_args: Any
 ) -> Any:
     """Put the trainer together. Raises UserError for a model and data that do not fit together."""
     from moe_models.checkpoint.reading import reading_bar
@@ -267,8 +261,6 @@ def build_trainer(
     except ValueError as error:  # flags that TRL finds at odds with each other or with the data
         raise UserError(one_line(error)) from error
     trainer.adapter_layout = recipe.adapter_layout
-    if rank() == 0:
-        trainer.run_facts = run_facts(script, recipe, args, model_args, ds)
     trainer.clock = StepClock(lambda: trainer._total_train_tokens)
     trainer.add_callback(trainer.clock)
     trainer.step_log = log_in_lines(trainer, trainer.clock, full=recipe.log_full)
@@ -277,7 +269,7 @@ def build_trainer(
     return trainer
 
 
-def run_facts(script: Any, recipe: Any, args: Any, model_args: Any, ds: Any) -> Any:
+def run_facts(script: Any, args: Any, model_args: Any, ds: Any) -> Any:
     """What the model card says of this run before it has measured anything: a RunFacts."""
     from moe_models.checkpoint.card import RunFacts, facts_of_base, facts_of_data, versions
 
