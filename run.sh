@@ -8,6 +8,7 @@
 #   HOSTFILE=hosts NODE_RANK=1 ./run.sh finetune ARGS...   only this machine's part, the second line of the file
 #   ./run.sh upcycle ARGS...     dense model -> Mixture of Experts
 #   ./run.sh export ARGS...      DeepSpeed checkpoint -> Hugging Face folder
+#   ./run.sh evaluate ARGS...    tasks of lm-eval, or the perplexity of your text, before and after side by side
 #   ./run.sh check ARGS...       what a layout does: the grid, the bytes, every error and warning (seconds, no GPU)
 #   ./run.sh plan ARGS...        which layout trains a model fastest on which GPUs, and why (seconds, no GPU)
 #   ./run.sh bench ARGS...       layouts and baselines side by side on these GPUs: tokens/s, memory, where the time goes
@@ -41,10 +42,10 @@ install() { # install MARK REQUIREMENTS...: once per content of the requirement 
 verb=${1:-quickstart}
 [ $# -gt 0 ] && shift
 case $verb in
-quickstart | finetune | pretrain | upcycle | export | check | plan | bench | report | docs | test) ;;
--h | --help | help) sed -n '2,18p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
+quickstart | finetune | pretrain | upcycle | export | evaluate | check | plan | bench | report | docs | test) ;;
+-h | --help | help) sed -n '2,19p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
 -*) set -- "$verb" "$@" && verb=quickstart ;;
-*) fail "./run.sh $verb: no such verb; one of finetune, pretrain, upcycle, export, check, plan, bench, report, docs, test" ;;
+*) fail "./run.sh $verb: no such verb; one of finetune, pretrain, upcycle, export, evaluate, check, plan, bench, report, docs, test" ;;
 esac
 if [ "$verb" = finetune ] || [ "$verb" = pretrain ]; then
   [[ ${GPUS:-1} =~ ^[1-9][0-9]*$ ]] || fail "GPUS=$GPUS: must be a number from 1 on: of GPUs, or without one of CPU processes"
@@ -93,6 +94,10 @@ finetune | pretrain)
   fi
   gpus=${GPUS:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
   exec "$python" -m moe_models.nodes.launcher --quiet --num_gpus "$gpus" "$here/recipes/$verb.py" "$@"
+  ;;
+evaluate)
+  install eval requirements-eval.txt
+  exec "$python" "$here/recipes/evaluate.py" "$@"
   ;;
 upcycle | export | check | plan | bench)
   exec "$python" "$here/recipes/$verb.py" "$@"

@@ -130,6 +130,18 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def append(path: Path, text: str) -> None:
+    """Add text to a file, whole or not at all. Raises OSError where the disk refuses."""
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        if path.exists():
+            os.truncate(path, before)
+        raise
+
+
 def write(path: Path, text: str) -> None:
     """Write a text file that appears complete or not at all."""
     with whole(path) as draft:

@@ -224,6 +224,12 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         self._begun = self._mark()
 
     @property
+    def steps(self) -> list[Step]:
+        """All steps so far."""
+        self._settle()
+        return self._steps
+
+    @property
     def speed(self) -> Speed:
         """Of all steps so far."""
         self._settle()
@@ -254,13 +260,19 @@ def _seconds_between(begun: Mark, end: Mark) -> float:
     return end - begun
 
 
-def peak_memory_gib() -> float:
-    """Largest memory of any rank so far in GiB: allocated on the GPU, or resident where there is none. Collective."""
+def peak_memory_of_this_process() -> float:
+    """Its largest memory so far in GiB: allocated on the GPU, or resident where there is none."""
     if torch.cuda.is_available():
-        peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device="cuda")
-    else:
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
-        peak = torch.tensor(kib / 2**20)
+        return torch.cuda.max_memory_allocated() / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+    return kib / 2**20
+
+
+def peak_memory_gib() -> float:
+    """:func:`peak_memory_of_this_process`, the largest of all ranks. Collective."""
+    peak = torch.tensor(peak_memory_of_this_process())
+    if torch.cuda.is_available():
+        peak = peak.to("cuda")
     if dist.is_initialized():
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return float(peak)

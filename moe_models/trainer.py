@@ -39,6 +39,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
 from moe_models.checkpoint.adapter import AdapterProof, export_adapter, save_adapter_files
+from moe_models.checkpoint.card import Kind, RunFacts, facts_of_base, measured, save_facts, versions, write_card
 from moe_models.checkpoint.export import export_bytes
 from moe_models.checkpoint.export_engine import export_engine
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
@@ -69,6 +70,7 @@ from moe_models.engine.same_function import How, Question, ask_before, require_s
 from moe_models.engine.same_function import report as report_same_function
 from moe_models.engine.seams import check_seams
 from moe_models.engine.signals import ToldToStopError, Vote, saved_at_the_end_of_a_step
+from moe_models.engine.step_log import StepLog
 from moe_models.engine.ulysses import Ulysses
 from moe_models.engine.weight_decay import decay_groups
 from moe_models.errors import warn
@@ -158,6 +160,10 @@ class ExpertParallelTraining(Trainer):
         """Called with (tensors done, tensors in all) on the writing rank; a recipe may set it."""
         self.adapter_layout: AdapterLayout = "fused"
         """Of the experts' factors in an exported adapter; a recipe may set it."""
+        self.step_log: StepLog | None = None
+        """Adds speed, memory and time left to the log; a recipe may set it."""
+        self.run_facts: RunFacts | None = None
+        """What model cards say of the run, on the writing rank; a recipe may set it."""
 
         # 2. What must happen before the engine is built.
         restore_rotary_buffers(model)
@@ -456,6 +462,8 @@ class ExpertParallelTraining(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add how evenly tokens were spread: see :data:`moe_models.routing.load.LOGGED`."""
         logs.update(self.routing.figures(logs, self.state.global_step, self.args.output_dir))
+        if self.step_log is not None:
+            logs.update(self.step_log.figures(logs, self.state))
         super().log(logs, *args, **kwargs)
 
     def _log_mean(self, name: str, value: float) -> None:
@@ -530,7 +538,26 @@ class ExpertParallelTraining(Trainer):
         run_dir = Path(super()._get_output_dir(trial))
         with self.checkpoints.growing(self.model_wrapped, run_dir), self._trained_only():
             super()._save_checkpoint(model, trial)
-        self.checkpoints.finish(self, run_dir, add_files=self.routing.save)
+        self.checkpoints.finish(self, run_dir, add_files=self._add_to_checkpoint)
+
+    def _add_to_checkpoint(self, staged: Path) -> None:
+        """What neither HF nor DeepSpeed writes; on the writing rank."""
+        self.routing.save(staged)
+        save_facts(staged, self._facts())
+
+    def _facts(self) -> RunFacts:
+        """Those that a recipe set, or what the model and the libraries tell."""
+        if self.run_facts is None:
+            self.run_facts = RunFacts(versions=versions(), **facts_of_base(self.source_config.name_or_path))
+        return self.run_facts
+
+    def _card(self, kind: Kind) -> Callable[[Path, Any], None]:
+        """Writes the card of a folder that was proven."""
+
+        def write(staged: Path, proof: Any) -> None:
+            write_card(staged, kind, self._facts(), measured(self.state.log_history, self.state.global_step, proof))
+
+        return write
 
     def _trained_only(self) -> Any:
         """Inside, a checkpoint of a run that trains an adapter leaves out what is frozen."""
@@ -570,6 +597,7 @@ class ExpertParallelTraining(Trainer):
                 self.source_config,
                 Path(output_dir or os.path.join(self.args.output_dir, ADAPTER_FOLDER)),
                 self.routing,
+                add_files=self._card("adapter"),
                 tokenizer=self.processing_class,
                 layout=self.adapter_layout,
             )
@@ -590,6 +618,7 @@ class ExpertParallelTraining(Trainer):
             self.source_config,
             Path(output_dir or os.path.join(self.args.output_dir, MODEL_FOLDER)),
             self.routing,
+            add_files=self._card("merged" if is_adapted(self.model) else "model"),
             max_shard_bytes=self.max_shard_bytes,
             progress=self.export_progress,
             origin=self._origin,

@@ -46,6 +46,10 @@ class RecipeArguments:
             "were spread: auto is all, or some evenly spread layers where they hold more than 32 GB."
         },
     )
+    log_full: bool = field(
+        default=False,
+        metadata={"help": "Print all figures of a logged step and a progress bar, not only one line."},
+    )
 
 
 def read_checkpoint_config(name: str) -> dict[str, Any]:
@@ -271,6 +275,7 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
     parser = TrlParser(kinds, usage=usage, description=about, formatter_class=_Help, allow_abbrev=False)
     parser.set_defaults_with_config(
         packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None, lora_dropout=0.0,
+        logging_steps=1,
         **({} if on_cpu() else GPU_LOADER), **kind.defaults,
     )  # fmt: skip
 

@@ -11,10 +11,11 @@
     python recipes/export.py --checkpoint out/lora/adapter --output_dir out/merged --merge --base_model my/Mixtral-8x7B
 
 Every expert is collected from the files of all ranks, ZeRO partitions are joined, and the weights are written in the
-hub's names and layout, with config.json, tokenizer and generation config. The folder appears under its name only when
-nothing is missing, no shape is wrong and every value is finite. It is byte for byte what the running training would
-have exported at that step. It is compared with the model that training started from, which the checkpoint names. What
-the trained class does not hold of that model is passed on. Memory: one projection of one layer's experts.
+hub's names and layout, with config.json, tokenizer, generation config and a model card. The folder appears under its
+name only when nothing is missing, no shape is wrong and every value is finite. It is byte for byte what the running
+training would have exported at that step, except for what the card says was measured. It is compared with the model
+that training started from, which the checkpoint names. What the trained class does not hold of that model is passed
+on. Memory: one projection of one layer's experts.
 
 Adapters: what is written is read back by plain PEFT or plain transformers, and must answer as plain PEFT answers with
 the adapter on its base model, one decoder layer of which is in memory at a time.
@@ -182,6 +183,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str, s
     from rich.progress import Progress
     from transformers import AutoConfig
 
+    from moe_models.checkpoint.card import measured_in, read_facts, write_card
     from moe_models.checkpoint.export import export
     from moe_models.checkpoint.from_folder import FolderSource
     from moe_models.checkpoint.hf_folder import ExportError
@@ -197,14 +199,15 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str, s
     origin = read_origin(folder, family, config) if folder is not None else None
     comparisons = []
 
-    # 3. Write. A selection bias that the architecture has no place for goes into a file of its own.
+    # 3. Write, with a model card. A selection bias that the architecture has no place for goes into a file of its own.
     bias_left_out = (checkpoint / BIAS_FILE).exists() and not family.selection_bias
 
-    def finish(staged: Path) -> None:
+    def add_files(staged: Path) -> None:
         if origin is not None:
             comparisons.append(compare(staged, origin))
         if bias_left_out:
             shutil.copy(checkpoint / BIAS_FILE, staged / BIAS_FILE)
+        write_card(staged, "model", read_facts(checkpoint), measured_in(checkpoint))
 
     try:
         with Progress(transient=True) as bar:
@@ -216,7 +219,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str, s
                 output_dir,
                 companions=checkpoint,
                 max_shard_bytes=max_shard_bytes,
-                before_rename=finish,
+                before_rename=add_files,
                 origin=origin,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )

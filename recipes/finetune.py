@@ -34,6 +34,7 @@ and name it; if one fails later, the others end too.
 Results, in OUTPUT_DIR:
     model           the whole model under hub names, reloaded and compared with the trained one before it got its name
     adapter         with --use_peft, instead: PEFT's own folder, read back by plain PEFT before it got its name
+    log.jsonl       every figure of every logged step; --report_to sends them to TensorBoard (default), W&B or trackio
     checkpoint-N    what --resume_from_checkpoint goes on from
     summary.json    what was measured. It is written last: where it exists, the run came to its end. (Exit code 0 does
                     not prove that: deepspeed 0.19.8 also returns 0 when its own child was killed.)
@@ -121,11 +122,14 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
             train_rows, eval_rows = load_data(script, recipe, args)
             model, tokenizer = make_model(recipe, args, model_args, train_rows, ds)
             trainer = build_trainer(model, tokenizer, recipe, args, ds, train_rows, eval_rows, model_args)
+            if rank() == 0:
+                trainer.run_facts = run_facts(script, args, model_args, ds)
     except UserError:
         give_up()
         raise
 
     # 3. Train, and make a Hugging Face folder of the result.
+    from moe_models.engine.step_log import LOG_FILE
     from moe_models.routing.callback import LOAD_FILE
 
     resume = resume_value(args.resume_from_checkpoint)
@@ -135,6 +139,7 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
         (Path(args.output_dir) / SUMMARY).unlink(missing_ok=True)
         if resume is None:
             (Path(args.output_dir) / LOAD_FILE).unlink(missing_ok=True)
+            (Path(args.output_dir) / LOG_FILE).unlink(missing_ok=True)
     try:
         with ends_if_full(args.output_dir, RunError):
             trainer.train(resume_from_checkpoint=resume)
@@ -227,6 +232,7 @@ def build_trainer(
     from moe_models.data import warnings_for_rows
     from moe_models.engine.lora import continued_adapter, lora_config
     from moe_models.engine.native import register_deepspeed_moe
+    from moe_models.engine.step_log import log_in_lines
     from moe_models.families.table import FAMILIES
     from moe_models.files import parse_size
     from moe_models.meter import StepClock
@@ -259,9 +265,40 @@ def build_trainer(
     trainer.adapter_layout = recipe.adapter_layout
     trainer.clock = StepClock(lambda: trainer._total_train_tokens)
     trainer.add_callback(trainer.clock)
+    trainer.step_log = log_in_lines(trainer, trainer.clock, full=recipe.log_full)
     if rank() == 0:  # it reads every prepared row
         warn(warnings_for_rows(train_rows, trainer.train_dataset, args))
     return trainer
+
+
+def run_facts(script: Any, args: Any, model_args: Any, ds: Any) -> Any:
+    """What the model card says of this run before it has measured anything: a RunFacts."""
+    from moe_models.checkpoint.card import RunFacts, facts_of_base, facts_of_data, versions
+
+    replicas = world_size() // (ds.tp_size * ds.sp_size)
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * replicas
+    settings = {
+        "sequences per step": str(sequences),
+        "longest sequence": str(args.max_length),
+        "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
+        "precision": str(weights_dtype(args)).removeprefix("torch."),
+        "seed": str(args.seed),
+    }
+    if args.packing:
+        settings["packing"] = str(args.packing_strategy)
+    if args.assistant_only_loss:
+        settings["loss"] = "on the assistant's turns"
+    if model_args.use_peft:
+        settings["adapter"] = f"LoRA, rank {model_args.lora_r}, alpha {model_args.lora_alpha}"
+    if not model_args.model_name_or_path:
+        settings["start"] = "weights drawn at random"
+    return RunFacts(
+        **facts_of_base(model_args.model_name_or_path, model_args.model_revision),
+        **facts_of_data([script.dataset_name]),
+        layout=ds.layout(world_size()).describe(ds.zero_stage),
+        settings=settings,
+        versions=versions(),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ export, and a summary
@@ -299,6 +336,7 @@ def summarise(trainer: Any, ds: Any, peak_gib: float, merged: Any = None) -> dic
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     evaluated_before = trainer.args.eval_on_start and held_out
     summary = {
+        "base_model": trainer.source_config.name_or_path or None,
         "layout": describe(ds),
         "world_size": world_size(),
         "device": trainer.args.device.type,

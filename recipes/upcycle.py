@@ -123,6 +123,7 @@ def upcycle_with_bar(console: Console, dense: Path, args: argparse.Namespace) ->
             noise=args.noise,
             seed=args.seed,
             max_shard_size=args.max_shard_size,
+            dense_name=args.model_name_or_path,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
 

@@ -234,6 +234,7 @@ def export_adapter(
     folder: Path,
     routing: Routing,
     *,
+    add_files: Callable[[Path, AdapterProof], None],
     tokenizer: Any | None = None,
     layout: AdapterLayout = "fused",
 ) -> AdapterProof | None:
@@ -247,6 +248,7 @@ def export_adapter(
         model_config: the config of the base model, as it came in.
         folder: where the finished folder appears, by rename.
         routing: what watches the routers.
+        add_files: called with the staged folder and the proof on the writing rank, to put more files into it.
         tokenizer: saved beside the weights if given.
         layout: of the experts' factors.
 
@@ -268,9 +270,11 @@ def export_adapter(
         with ends_if_full(folder, ExportError, needed), staged_adapter(folder, needed) as staging:
             config = adapter_config(engine.module)
             write_adapter(staging, tensors, config, model_config, tokenizer, layout)
-            return prove_adapter(
+            proof = prove_adapter(
                 staging, config, model_config, source.dtype, ids_BT, logits_BTV, source.fingerprints, layout
             )
+            add_files(staging, proof)
+            return proof
 
     return together(write, slow=True)
 

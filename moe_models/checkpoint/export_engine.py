@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def export_engine(
     folder: Path,
     routing: Routing,
     *,
+    add_files: Callable[[Path, ExportProof], None],
     origin: Origin | None = None,
     trained_steps: int = 0,
     **options: Any,
@@ -39,6 +41,7 @@ def export_engine(
         folder: where the finished folder appears, by rename.
         routing: what watches and balances the routers. A selection bias that the architecture has no place for is
             left out of the comparison and written beside the weights.
+        add_files: called with the staged folder and the proof on the writing rank, to put more files into it.
         origin: the checkpoint that training started from, if there is one.
         trained_steps: steps that must have changed something.
         options: of :func:`~moe_models.checkpoint.export.export`.
@@ -71,6 +74,7 @@ def export_engine(
         proofs.append((proof, comparison))
         if routing.left_out:
             routing.save(staged)
+        add_files(staged, proof)
 
     export(source, family, config, folder, before_rename=prove, origin=origin, **options)
     return proofs[0] if proofs else None

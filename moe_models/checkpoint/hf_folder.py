@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from moe_models.checkpoint.card import CARD_FILE, is_our_card
 from moe_models.checkpoint.shards import Expected, ShardFiles, plan_shards
 from moe_models.checkpoint.threads import each
 from moe_models.errors import RunError, one_line, some_of
@@ -38,7 +39,7 @@ _COMPANIONS = re.compile(
     r"config\.json|generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt"
     r"|spiece\.model|sentencepiece\..*|chat_template\..*|additional_chat_templates"
 )
-"""With the weights, all that an export writes; a folder that holds anything else is not replaced."""
+"""With the weights and a card of ours, all that an export writes; a folder that holds anything else is not replaced."""
 
 
 class ExportError(RunError):
@@ -231,7 +232,7 @@ def refuse_foreign_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ExportError(f"{folder}: is a file, not a folder")
     entries = sorted(folder.iterdir())
-    foreign = [entry.name for entry in entries if not _is_of_an_export(entry.name)]
+    foreign = [entry.name for entry in entries if not _is_of_an_export(entry)]
     if foreign or (entries and not (folder / "config.json").exists()):
         what = ""
         if foreign:
@@ -239,8 +240,10 @@ def refuse_foreign_folder(folder: Path) -> None:
         raise ExportError(f"{folder}: is not empty and is not an earlier export{what}; give a new folder")
 
 
-def _is_of_an_export(name: str) -> bool:
-    return bool(_WEIGHT_FILES.fullmatch(name) or _COMPANIONS.fullmatch(name))
+def _is_of_an_export(entry: Path) -> bool:
+    if entry.name == CARD_FILE:
+        return is_our_card(entry)
+    return bool(_WEIGHT_FILES.fullmatch(entry.name) or _COMPANIONS.fullmatch(entry.name))
 
 
 def is_companion(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from moe_models.checkpoint.adapter import (
     staged_adapter,
     write_adapter,
 )
+from moe_models.checkpoint.card import RunFacts, facts_of_base, measured_in, read_facts, write_card
 from moe_models.checkpoint.export import export
 from moe_models.checkpoint.from_peft import PeftSource, answer, load_adapted, read_adapter_config
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES
@@ -83,6 +85,7 @@ def merge_folder(
         passed_on = origin.unexpected if origin is not None else frozenset()
         proof = prove_folder(staged, ids_BT, logits_BTV, source.fingerprints, passed_on)
         proofs.append((proof, compare(staged, origin) if origin is not None else None))
+        write_card(staged, "merged", _facts(adapter, name, revision), measured_in(adapter, proof))
 
     export(
         source,
@@ -128,9 +131,16 @@ def rewrite_adapter(
     needed = sum(tensor.nbytes for tensor in tensors.values())
     with staged_adapter(folder, needed) as staging:
         write_adapter(staging, tensors, config, base_model.config, _tokenizer(adapter, name, revision), layout)
-        return prove_adapter(
+        proof = prove_adapter(
             staging, config, base_model.config, base_model.dtype, ids_BT, logits_BTV, fingerprints, layout
         )
+        write_card(staging, "adapter", _facts(adapter, name, revision), measured_in(adapter, proof))
+        return proof
+
+
+def _facts(adapter: Path, base: str, revision: str | None) -> RunFacts:
+    """What is known of the run that trained the adapter; its base model is the one that it is on now."""
+    return dataclasses.replace(read_facts(adapter), **facts_of_base(base, revision))
 
 
 def _tokenizer(adapter: Path, base: str, revision: str | None) -> Any:

@@ -15,7 +15,7 @@ from moe_models.ranks import rank
 
 DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
 """File endings the recipes read as a data set."""
-UNFINISHED = (LOCK_FILE, ".writing", ".model.writing", "expert_load.jsonl")
+UNFINISHED = (LOCK_FILE, ".writing", ".model.writing", "expert_load.jsonl", "log.jsonl")
 """What a run leaves in its output folder that was killed before its first checkpoint. The next one removes it."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from moe_models.disk import full_line, is_full
 from moe_models.engine.blocks import find_blocks, score_function
 from moe_models.errors import warn
 from moe_models.families.table import Family
+from moe_models.files import append
 from moe_models.routing.bias import SelectionBias
 from moe_models.routing.load import LoadStats, overall
 from moe_models.routing.losses import AuxLoss
@@ -131,15 +131,11 @@ class Routing(TrainerCallback):
 
     def _append(self, path: Path, line: str) -> None:
         """Add a line, whole or not at all. A full disk is a warning: the other ranks do not write, and would go on."""
-        before = path.stat().st_size if path.exists() else 0
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            append(path, line)
         except OSError as error:
             if not is_full(error):
                 raise
-            if path.exists():
-                os.truncate(path, before)
             if not self._warned_of_the_disk:
                 warn([f"{full_line(path)}; until then the load of the experts is not logged"])
             self._warned_of_the_disk = True

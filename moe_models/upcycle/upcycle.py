@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from moe_models.checkpoint.card import Measured, RunFacts, facts_of_base, versions, write_card
 from moe_models.checkpoint.hf_folder import ExportError, HFFolderWriter
 from moe_models.disk import ends_if_full, is_full
 from moe_models.errors import Problems, UserError
@@ -99,12 +100,14 @@ def upcycle(
     noise: float = 0.0,
     seed: int = 0,
     max_shard_size: int | str = "5GB",
+    dense_name: str | None = None,
     progress: Progress | None = None,
 ) -> UpcycleReport:
     """Write the MoE checkpoint of the dense checkpoint in `dense_dir` to `output_dir`, under the target's hub names.
 
     In each layer the MLP (gate and up [F, D], down [D, F]) becomes E experts of the same shapes and dtype and a router
-    [E, D]. Tokenizer, generation config and licence files are copied. The folder appears complete or not at all.
+    [E, D]. Tokenizer, generation config and licence files are copied, and a model card is written. The folder appears
+    complete or not at all.
 
     Args:
         dense_dir: folder with `config.json` and `model.safetensors`, or shards and `model.safetensors.index.json`.
@@ -118,6 +121,7 @@ def upcycle(
             deviation; 0 keeps the dense function. Experts drift apart without it, since each sees other tokens.
         seed: fixes router and noise. Each tensor draws from its own stream: the shard size does not change the numbers.
         max_shard_size: bytes, or "5GB" / "500MiB". A single tensor may exceed it.
+        dense_name: what the model card calls the dense model: its hub id, if that is not the folder.
         progress: see `Progress`.
 
     Raises:
@@ -147,8 +151,11 @@ def upcycle(
     plan = _plan(config, headers, target, num_experts, router_init, noise)
 
     # 3. Write it to a hidden folder, which gets its name at the end.
+    settings = {"experts": str(num_experts), "experts of a token": str(num_experts_per_tok), "router": router_init}
+    settings |= {"noise": str(noise), "seed": str(seed)}
+    facts = RunFacts(settings=settings, versions=versions(), **facts_of_base(dense_name or str(dense)))
     try:
-        shards = _write_folder(dense, output, moe_config, plan, headers, shard_size, seed, progress)
+        shards = _write_folder(dense, output, moe_config, plan, headers, shard_size, seed, facts, progress)
     except ExportError as error:
         if is_full(error):
             raise
@@ -285,9 +292,10 @@ def _write_folder(
     headers: dict[str, Header],
     shard_size: int,
     seed: int,
+    facts: RunFacts,
     progress: Progress | None,
 ) -> int:
-    """Write weights, config and side files, check them, and give the folder its name. Returns the number of shards.
+    """Write weights, config, side files and card, check them, and name the folder. Returns the number of shards.
 
     Raises UserError for a disk without room and for a folder that does not hold what was planned; ExportError, OSError
     or SafetensorError where reading or writing fails. The hidden folder is removed then.
@@ -307,6 +315,7 @@ def _write_folder(
             for file in dense.iterdir():
                 if _is_side_file(file):
                     shutil.copyfile(file, writer.staging / file.name)
+            write_card(writer.staging, "upcycled", facts, Measured())
         _check(writer.staging, plan)
         shards = len(list(writer.staging.glob("*.safetensors")))
         with ends_if_full(output, ExportError, nbytes):

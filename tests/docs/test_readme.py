@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from tests.support.recipe import venv_for_run_sh
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-VERBS = {"finetune", "upcycle", "export", "check", "plan", "bench", "report"}
+VERBS = {"finetune", "upcycle", "export", "evaluate", "check", "plan", "bench", "report"}
 """Each is shown at least once; ``pretrain`` is shown by model_configs/README.md and run by tests/recipes."""
 
 
@@ -50,6 +53,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer().save_pretrained(folder / "models" / "dense")
     rows = ({"input_ids": [3 + (i * k) % 61 for i in range(24)]} for k in range(1, 33))
     (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "heldout.jsonl").write_text('{"text": "w5 w6 w7 w8"}\n')
     (folder / "book.txt").write_text(" ".join(f"w{5 + i % 59}" for i in range(300)))
     venv_for_run_sh(folder)
     return folder
@@ -66,12 +70,22 @@ def shrink(command: str) -> str:
         "--num_gpus 8": "--num_gpus 2",
         "./run.sh bench": "./run.sh bench --seq_length 32 --micro_batch 1 --steps 1 --warmup 1 --profile_steps 0",
         "./run.sh check": "./run.sh check --max_length 32",  # what the tiny model can take
+        "./run.sh evaluate": "./run.sh evaluate --max_length 32",
+        "--tasks arc_easy,hellaswag": "--text heldout.jsonl",  # their data are on the hub
         "./run.sh finetune": f"./run.sh finetune --max_steps {4 if 'resume' in command else 2} --save_steps 2 "
         "--max_length 32 --logging_steps 1 --report_to none",
     }
     for big, little in small.items():
         command = command.replace(big, little)
     return command
+
+
+def assert_only_lm_eval_is_missing(command: str, workplace: Path, env: dict[str, str]) -> None:
+    """Where lm-eval is not installed, a shown evaluation is refused for that alone; run.sh would install it."""
+    words = shlex.split(shrink(command).replace("./run.sh evaluate", f"{sys.executable} recipes/evaluate.py"))
+    done = subprocess.run(words, cwd=workplace, env=env, capture_output=True, text=True, timeout=100, check=False)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: lm-eval is not installed"), done.stderr
 
 
 def test_shown_commands_run(workplace: Path) -> None:
@@ -90,6 +104,9 @@ def test_shown_commands_run(workplace: Path) -> None:
     }
     env["MASTER_PORT"] = str(free_port())
     for command in run:
+        if "run.sh evaluate" in command and find_spec("lm_eval") is None:
+            assert_only_lm_eval_is_missing(command, workplace, env)
+            continue
         done = subprocess.run(
             ["bash", "-c", shrink(command)], cwd=workplace, env=env, capture_output=True, text=True, timeout=300
         )

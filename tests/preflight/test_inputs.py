@@ -46,12 +46,13 @@ def test_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_what_a_killed_run_left_behind_is_in_nobodys_way(tmp_path: Path) -> None:
     from moe_models.checkpoint.whole_checkpoints import STAGING_FOLDER
+    from moe_models.engine.step_log import LOG_FILE
     from moe_models.held import LOCK_FILE
     from moe_models.preflight.paths import UNFINISHED
     from moe_models.routing.callback import LOAD_FILE
     from moe_models.trainer import MODEL_FOLDER
 
-    assert set(UNFINISHED) == {LOCK_FILE, STAGING_FOLDER, f".{MODEL_FOLDER}.writing", LOAD_FILE}
+    assert set(UNFINISHED) == {LOCK_FILE, STAGING_FOLDER, f".{MODEL_FOLDER}.writing", LOAD_FILE, LOG_FILE}
     for name in UNFINISHED:
         (tmp_path / name).mkdir()
     assert check_output_dir(tmp_path) == []

@@ -124,7 +124,7 @@ def test_the_disk_fills_while_something_is_written(
             assert told[0] == told[1]
             assert disk.FULL in told[0][1], (number, told)
             assert "\n" not in told[0][1]
-            there = sorted(path.name for path in out.iterdir() if path.name != "expert_load.jsonl")
+            there = sorted(path.name for path in out.iterdir() if path.name not in LOGS)
             assert there == ["checkpoint-2", "checkpoint-4"][:complete], number
             assert folder_bytes(out) <= complete * one * 1.02 + 8192, "what was not complete must leave the disk"
             # What is complete exports, elsewhere, and the run goes on from it where there is room.
@@ -225,7 +225,7 @@ def test_the_disk_fills_before_a_kind_of_file(
         assert disk.FULL in failed[0][1], told
         assert "\n" not in failed[0][1]
         (small / FILLER).unlink()
-        there = sorted(path.name for path in out.iterdir() if path.name != "expert_load.jsonl")
+        there = sorted(path.name for path in out.iterdir() if path.name not in LOGS)
         assert there == fills.saved + (["model"] if fills.has_model else [])
         again = arguments(inputs, out, logging_steps=1, resume_from_checkpoint="true")
         result = clusters(2).run(train_in_cluster, again)[0]
@@ -236,6 +236,7 @@ def test_the_disk_fills_before_a_kind_of_file(
         assert largest_difference(result["folder"], undisturbed["folder"]) == 0.0
 
 
+LOGS = ("expert_load.jsonl", "log.jsonl")
 AT_ONCE = {
     "optimizer": KINDS["optimizer"],
     "expert_load.jsonl": Fills(Point("moe_models.routing.callback:asdict"), []),
@@ -263,7 +264,7 @@ def test_a_run_whose_disk_fills_ends_with_one_line(name: str, inputs: Path, tmp_
         assert str(small) in line
         assert "Traceback" not in ended.stderr, ended
         assert ("the load of the experts is not logged" in ended.stderr) is (name == "expert_load.jsonl"), ended
-        there = sorted(path.name for path in out.iterdir() if path.name not in ("expert_load.jsonl", ".held"))
+        there = sorted(path.name for path in out.iterdir() if path.name not in (*LOGS, ".held"))
         assert there == fills.saved + (["model"] if fills.has_model else [])
 
 

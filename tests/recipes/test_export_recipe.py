@@ -17,7 +17,7 @@ from moe_models.errors import UserError, run
 from recipes.export import main as export_main
 from tests.support import export_stress, roundtrip
 from tests.support.cluster import Cluster
-from tests.support.roundtrip import files_of, load_tensors
+from tests.support.roundtrip import apart_from_measured, files_of, load_tensors
 
 Clusters = Callable[[int], Cluster]
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,11 @@ def test_success(run_dirs: list[Path], tmp_path: Path) -> None:
     assert done.stdout.strip().splitlines()[-1] == (
         f"{tmp_path / 'hf'}: 0.00 GB, torch.float32, complete; load it with from_pretrained"
     )
-    assert files_of(tmp_path / "hf") == files_of(run_dirs[1] / "model")
+    offline, live = files_of(tmp_path / "hf"), files_of(run_dirs[1] / "model")
+    assert apart_from_measured(offline) == apart_from_measured(live)
+    assert b"Not compared with a running model" in offline["README.md"]
+    assert b"equal bit by bit" in live["README.md"]
+    assert b"| optimizer steps | 2 |" in offline["README.md"]
 
 
 def lines_of_refusal(code: object, stdout: str, stderr: str) -> list[str]:

@@ -101,7 +101,7 @@ def killed(words: list[str], log: Path, moment: Callable[[], bool], missed: Call
 def check_left_behind(out: Path, *expected: str, undisturbed: str) -> None:
     """Under final names there are exactly ``expected`` (``model`` may be), and each of them is whole."""
     found = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-    assert found - {"model", "summary.json", "expert_load.jsonl"} == set(expected)
+    assert found - {"model", "summary.json", "expert_load.jsonl", "log.jsonl"} == set(expected)
     if "model" in found:
         assert largest_difference(out / "model", undisturbed) == 0.0
     export = runpy.run_path(str(ROOT / "recipes" / "export.py"))["export_checkpoint"]
@@ -172,7 +172,7 @@ def test_kill_of_the_launcher_itself_is_not_success(model: Path, data: Path, tmp
     processes: dict[int, psutil.Process] = {}
     try:
         deadline = time.monotonic() + SECONDS_TO_START
-        while "'loss'" not in log.read_text():
+        while "  loss " not in log.read_text():
             assert launcher.poll() is None, end_of(launcher, log, 1)
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.05)

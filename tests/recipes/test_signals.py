@@ -77,8 +77,8 @@ def undisturbed(run: Run, clusters: Callable[[int], Cluster], tmp_path_factory: 
 
 MOMENTS: dict[str, Callable[[Path, str, str], bool]] = {
     "reading": lambda out, said, bar: "layout:" in said,
-    "first step": lambda out, said, bar: f"0/{STEPS}" in bar,
-    "mid-step": lambda out, said, bar: said.count("'loss'") >= 2,
+    "first step": lambda out, said, bar: f"step 0/{STEPS}" in said,
+    "mid-step": lambda out, said, bar: said.count("  loss ") >= 2,
     "saving": lambda out, said, bar: any((out / ".writing").glob("checkpoint-5/global_step5/*")),
 }
 """Whether it has come, by the output folder, stdout and stderr."""
@@ -222,7 +222,7 @@ def test_told_to_stop(
 def test_without_checkpoints_it_just_ends(run: Run, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     words = run.words(out, save_strategy="no", max_steps=4000)
-    monkeypatch.setitem(MOMENTS, "training", lambda out, said, bar: "'loss'" in said)
+    monkeypatch.setitem(MOMENTS, "training", lambda out, said, bar: "  loss " in said)
     ended = disturbed(words, out, tmp_path / "run.log", "training", send(signal.SIGTERM, to), monkeypatch)
     assert ended.code == 143, ended
     assert "stopped: SIG" in ended.stderr, ended

@@ -282,7 +282,7 @@ def said(log: Path) -> str:
 
 def check_whole(out: Path, storm: Storm, undisturbed: Undisturbed, folder: Path) -> None:
     """What has its final name is what it should be, and nothing else has one."""
-    named = {path.name for path in out.glob("*") if not path.name.startswith(".")} - {"expert_load.jsonl"}
+    named = {path.name for path in out.glob("*") if not path.name.startswith(".")} - {"expert_load.jsonl", "log.jsonl"}
     expected = {f"checkpoint-{step}" for step in storm.saved}
     expected |= {"model"} if storm.has_model else set()
     expected |= {"summary.json"} if storm.has_summary else set()

@@ -56,6 +56,15 @@ def files_of(folder: Path | str) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
+def apart_from_measured(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same without the section of the model card that says what was measured, the proof above all."""
+    head, found, tail = files["README.md"].partition(b"## What was measured")
+    assert found
+    _, found, rest = tail.partition(b"## How to go on")
+    assert found
+    return {**files, "README.md": head + rest}
+
+
 def ds_config(stage: int, ep_size: int | None, dtype: str = "float32", **zero: Any) -> dict[str, Any]:
     """A ds_config for MoETrainer; ``zero`` goes into zero_optimization."""
     config = parity.ds_config(stage, ep_size, bf16={"enabled": dtype == "bfloat16"})

@@ -312,4 +312,4 @@ def test_absurd_learning_rate_under_the_launcher(with_dropout: Path, data: Path,
     assert len(ended.errors) == 1, ended
     assert ended.errors[0].startswith("the loss, the gradient norm or a weight became NaN or infinite by step "), ended
     assert "Traceback" not in ended.stdout + ended.stderr, ended
-    assert {path.name for path in out.iterdir()} <= {"expert_load.jsonl"}
+    assert {path.name for path in out.iterdir()} <= {"expert_load.jsonl", "log.jsonl"}

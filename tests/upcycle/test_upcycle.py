@@ -197,7 +197,8 @@ def test_side_files_come_along(tmp_path: Path, dense: Path) -> None:
     upcycle(dense, tmp_path / "moe")
     found = {file.name for file in (tmp_path / "moe").iterdir()}
     copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE", "generation_config.json"}
-    assert found == copied | {"config.json", "model.safetensors"}
+    assert found == copied | {"config.json", "model.safetensors", "README.md"}
+    assert "not this one" not in (tmp_path / "moe" / "README.md").read_text()
 
 
 def test_a_layout_with_old_rotary_buffers_loads(tmp_path: Path, dense: Path) -> None:
