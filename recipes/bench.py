@@ -19,7 +19,8 @@ A ds_config runs through MoETrainer as users run it; baselines by name:
     transformers_ep  transformers' own expert parallelism (FSDP2)
     bare:FILE.json   a bare deepspeed.initialize loop with that JSON
 
-`+liger`, `+checkpointing`, `+compile` and `+KEY.KEY=VALUE` of the JSON change a layout. Weights are random, also with
+`+liger`, `+checkpointing`, `+compile`, `+lora` and `+lora_attention` (adapters of rank 16 on attention and experts, or
+on attention alone), and `+KEY.KEY=VALUE` of the JSON change a layout. Weights are random, also with
 --model_name_or_path, of which only config.json is read: routers then route near uniformly, and the column `expert load`
 shows how near. Times are taken between the ends of optimizer steps, clipping included; the profile is of further steps.
 Exit code 1: a row has no figures; the others have theirs.

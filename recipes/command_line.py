@@ -181,7 +181,7 @@ def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, An
     if ds is not None and model_config is not None:
         with problems.note():
             checkpoint = checkpoint_to_resume(given.output_dir, given.resume_from_checkpoint)
-            problems.add(*resume_problems(given, model_config, ds, world_size(), checkpoint))
+            problems.add(*resume_problems(given, model_config, checkpoint))
 
     # 3. What was told already still ends the run.
     if paths.lines or ds is None or model_config is None:

@@ -2,8 +2,9 @@
 
 A layout is a ds_config, which runs through MoETrainer as in recipes/finetune.py; `bare:` and a ds_config, which runs
 through a bare deepspeed.initialize loop; or one of :data:`BASELINES`. Changes to it follow after `+`: `liger`,
-`checkpointing` and `compile` (`--torch_compile`, with AutoEP around its layers), or one value of the JSON by its dotted
-name. All of them combine:
+`checkpointing`, `compile` (`--torch_compile`, with AutoEP around its layers), `lora` and `lora_attention` (`--use_peft`
+at rank 16, on attention and experts, or on attention alone), or one value of the JSON by its dotted name. All of them
+combine:
 
     ds_configs/zero1_ep2.json+liger+expert_parallel.gate_up_impl=fused
 """
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_models.bench.adapter import ADAPTERS
 from moe_models.config.ds_config import DsConfig, load_ds_config
 from moe_models.config.layout import divisors
 from moe_models.config.moe_section import Moe
 from moe_models.errors import Problems, UserError
 from moe_models.families.table import family_of, moe_blocks
 from moe_models.files import read_json
+from moe_models.preflight.adapters import adapter_layout_problems
 from moe_models.preflight.liger import no_kernels
 from moe_models.preflight.run import check_run
 from moe_models.preflight.torch_compile import compile_problems
@@ -31,7 +34,7 @@ from moe_models.preflight.torch_compile import compile_problems
 ROOT = Path(__file__).resolve().parents[2]
 BASELINES = ("hf_zero3", "autoep_stock", "transformers_ep")
 """Layouts that have a name instead of a file; what they are is in the help of recipes/bench.py."""
-CHANGES = ("liger", "checkpointing", "compile")
+CHANGES = ("liger", "checkpointing", "compile", *ADAPTERS)
 """Switches of the Trainer and the model, not of the JSON."""
 _STOCK: dict[str, Any] = {
     "zero_optimization": {"stage": 1},
@@ -57,6 +60,8 @@ class BenchLayout:
     liger: bool = False
     checkpointing: bool = False
     compile: bool = False
+    lora: bool = False
+    lora_attention: bool = False
 
 
 def read_layouts(
@@ -95,7 +100,7 @@ def _read(word: str, model_config: Mapping[str, Any], world_size: int, scratch: 
         kind = "trainer"
     else:
         kind = "bare"
-    for flag in ("liger", "compile"):
+    for flag in ("liger", "compile", *ADAPTERS):
         if kind != "trainer" and flag in flags:
             raise UserError(f"{word}: +{flag}: is a flag of the Trainer; take it with a ds_config, without bare:")
 
@@ -123,6 +128,7 @@ def _read(word: str, model_config: Mapping[str, Any], world_size: int, scratch: 
     problems += compile_problems(ds, switches["compile"], switches["liger"])
     if switches["liger"]:
         problems += no_kernels(model_config, "+liger")
+    problems += _adapter_problems(ds, switches, model_config)
     if problems:
         raise UserError(f"{word}: {problem}" for problem in problems)
     return BenchLayout(name=name, kind=kind, json=raw, ep_size=ds.ep_size, **switches)
@@ -170,6 +176,22 @@ def _not_here(ds: DsConfig, kind: str) -> list[str]:
     if kind == "bare" and ds.moe != Moe():
         return ["moe: the section is ours; a bare loop cannot read it"]
     return []
+
+
+def _adapter_problems(ds: DsConfig, switches: Mapping[str, bool], model_config: Mapping[str, Any]) -> list[str]:
+    """What adapters cannot be combined with."""
+    asked = [name for name in ADAPTERS if switches[name]]
+    if not asked:
+        return []
+    if len(asked) > 1:
+        return ["+lora with +lora_attention: lora has attention, too; drop one"]
+    if family_of(model_config) is None:
+        return [f"+{asked[0]}: the model has no MoE layer of a known family"]
+    recompute = switches["checkpointing"]
+    problems = list(adapter_layout_problems(ds, on_experts=asked[0] == "lora", recompute=recompute))
+    if switches["compile"]:
+        problems.append(f"+{asked[0]} with +compile: not tested here; drop one")
+    return problems
 
 
 def _set(raw: dict[str, Any], change: str, word: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from moe_models.bench.adapter import peft_config
 from moe_models.bench.baselines import run_bare, run_transformers_ep
 from moe_models.bench.clock import Clock
 from moe_models.bench.model import ADAMW, CLIP, build_model, destroy, load_figures, make_rows, mean_of_ranks
@@ -102,6 +103,7 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
             balance=ds.moe.balance,
             kernels=ds.moe.kernels,
             dispatch=ds.moe.dispatch,
+            peft_config=peft_config(job, job["model_config"]),
         )
         callback = _ClockCallback(clock, trainer)
         trainer.add_callback(callback)

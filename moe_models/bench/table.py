@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from moe_models.bench.adapter import sizes_of
 from moe_models.bench.layouts import BASELINES
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
@@ -50,7 +51,7 @@ def finish_rows(rows: list[dict[str, Any]], model_config: dict[str, Any], world_
     peak_tflops = median(row["matmul_tflops"] for row in good)
     for row in good:
         row["tokens_per_second_per_gpu"] = _tokens_per_gpu(row) / row["step_seconds"]
-        flop_per_token = sum(train_flops(sizes, row["seq_length"]))
+        flop_per_token = sum(train_flops(sizes, row["seq_length"], sizes_of(row, model_config)))
         row["model_tflops_per_gpu"] = row["tokens_per_second_per_gpu"] * flop_per_token / 1e12
         row["mfu"] = row["model_tflops_per_gpu"] / peak_tflops
     # 3. Against the fastest baseline with the same batch.

@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
+from moe_models.checkpoint.adapter_states import AdapterStates
 from moe_models.checkpoint.from_folder import FolderSource, find_step_folder, load_states
 from moe_models.checkpoint.partitions import MASTER_WEIGHT, share_of
-from moe_models.checkpoint.saved_states import KEYS, WEIGHT, SavedStates
+from moe_models.checkpoint.saved_states import KEYS, WEIGHT, SavedStates, TrainedStates
 from moe_models.checkpoint.source import is_writer
 from moe_models.checkpoint.tp_shards import own_shard, split_dimension
 from moe_models.engine.blocks import ExpertParameter, find_blocks, whole_shape
@@ -37,7 +38,6 @@ from moe_models.preflight.adapters import (
     ADAPTERS,
     LAYOUT_FILE,
     adapter_resume_problems,
-    other_layout_line,
 )
 
 logger = logging.getLogger(__name__)
@@ -91,9 +91,7 @@ def any_layout(family: Family, before_loading: Callable[[Any], None] | None = No
         here = describe_engine(engine)
         adapters = here.get(ADAPTERS)
         Problems(adapter_resume_problems(checkpoint, saved, adapters)).refuse()
-        if adapters is not None:
-            if saved != here:
-                raise UserError(other_layout_line(checkpoint))
+        if adapters is not None and saved == here:
             with reads_with(engine, load_states), checkpoints_of_trained_tensors(engine):
                 load_own(engine, checkpoint, **options)
             weights_from_masters(engine)
@@ -104,6 +102,9 @@ def any_layout(family: Family, before_loading: Callable[[Any], None] | None = No
             return
         if is_writer():
             logger.warning("resume: %s was written by another layout (%s); it is read into this one", checkpoint, saved)
+        if adapters is not None:
+            load_adapter_of_other_layout(engine, Path(checkpoint), family, saved)
+            return
         load_other_layout(engine, Path(checkpoint), family)
 
     # upstream: transformers 5.20.2, deepspeed 0.19.8: Trainer.train calls this function, which has no hook and hands
@@ -205,7 +206,34 @@ def load_other_layout(engine: Any, checkpoint: Path, family: Family) -> None:
                 shares.set_state(parameter, key, value)
     # 2. Buffers that are part of the model, DeepSeek-V3's selection bias for one.
     _set_buffers(engine.module, family, states)
-    # 3. What is counted: by Adam, by the loss scaler of fp16, by the engine and by the schedule.
+    _resume_counters(engine, states)
+
+
+@torch.no_grad()
+def load_adapter_of_other_layout(engine: Any, checkpoint: Path, family: Family, saved: dict[str, Any]) -> None:
+    """:func:`load_other_layout` of a run that trains an adapter; what is frozen came with the base model.
+
+    ``saved`` is the layout that wrote the checkpoint. Raises UserError as there.
+    """
+    states = AdapterStates(checkpoint, family, saved, engine.module)
+    shares = _shares_of(engine)
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for key in KEYS:
+            value = states.whole(name, key)
+            if value.shape != whole_shape(parameter):
+                raise UserError(
+                    f"{checkpoint}: {name} has shape {list(value.shape)}, here {list(whole_shape(parameter))}"
+                )
+            if key == MASTER_WEIGHT:
+                shares.set_weight(parameter, value)
+            shares.set_state(parameter, key, value)
+    _resume_counters(engine, states)
+
+
+def _resume_counters(engine: Any, states: TrainedStates) -> None:
+    """What is counted: by Adam, by the loss scaler of fp16, by the engine and by the schedule."""
     _set_step(engine.optimizer.optimizer, states.optimizer_step)
     scaler = states.loss_scaler
     if getattr(engine.optimizer, "dynamic_loss_scale", False) and type(scaler) is type(engine.optimizer.loss_scaler):

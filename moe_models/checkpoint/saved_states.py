@@ -39,8 +39,8 @@ WEIGHT = "weight"
 """The key of the weight that the model computes with, which frozen parameters and buffers have, too."""
 
 
-class SavedStates:
-    """See the module. ``dense`` and ``expert`` raise UserError for what the checkpoint does not hold.
+class TrainedStates:
+    """What the ranks of a checkpoint trained: partitions, and which ranks share one.
 
     :attr:`counters` are the engine's: ``global_steps``, ``lr_scheduler`` and the like. :attr:`loss_scaler` is
     DeepSpeed's; it matters for fp16 only.
@@ -50,20 +50,17 @@ class SavedStates:
     """
 
     def __init__(self, checkpoint: Path, family: Family) -> None:
-        # 1. The weights that the model computes with, and which experts each rank held.
-        self._weights = FolderSource(checkpoint, family)
-        self._blocks = self._weights.blocks
-        # 2. The engine's counters, and how many ranks there were.
+        # 1. The engine's counters, and how many ranks there were.
         self._step = find_step_folder(checkpoint)
         self._models = _load_models(self._step)
         self.counters = {key: value for key, value in self._models[0].items() if key != "module"}
         self.tp_size = int(self.counters.get("mp_world_size") or 1)
         self.world_size = int(self.counters["dp_world_size"]) * self.tp_size
-        # 3. The optimizer states of every rank, and where each parameter is in them.
+        # 2. The optimizer states of every rank, and where each parameter is in them.
         optimizers = _load_optimizers(self._step, self.world_size)
         self.loss_scaler = optimizers[0].get("loss_scaler")
         self._partitions = Partitions(self._step, _partitions_of(self._models, optimizers))
-        # 4. Module name -> stored name of every trained tensor.
+        # 3. Module name -> stored name of every trained tensor.
         first = self._partitions.ranks[0]
         trained = [name for name in first.shapes if name not in first.frozen]
         self._names = {family.autoep_to_module(name): name for name in trained}
@@ -72,6 +69,36 @@ class SavedStates:
     def optimizer_step(self) -> int:
         """Steps that the optimizer has counted."""
         return int(self._partitions.ranks[0].states[0].get("step", self.counters["global_steps"]))
+
+    def _stored(self, name: str) -> str:
+        if name not in self._names:
+            raise UserError(
+                f"{self._step}: holds no optimizer state of {name}; it was frozen, or belongs to another model"
+            )
+        return self._names[name]
+
+    def _replicas_of(self, stored: str, peer: int) -> Sequence[int]:
+        """The ranks that share a dense parameter with tensor-parallel peer ``peer``."""
+        known = self._partitions.ranks[peer].sharers
+        return known.get(stored, range(peer, self.world_size, self.tp_size))
+
+    def _holders_of(self, stored: str, ep_rank: int, ep_size: int) -> Sequence[int]:
+        """The ranks that hold the same experts as rank ``ep_rank``: its group of expert data parallelism."""
+        known = self._partitions.ranks[ep_rank].sharers
+        if stored in known:
+            return known[stored]
+        groups = Layout(self.world_size, ep_size).edp_groups()
+        return next(group for group in groups if ep_rank in group)
+
+
+class SavedStates(TrainedStates):
+    """See the module. ``dense`` and ``expert`` raise UserError for what the checkpoint does not hold."""
+
+    def __init__(self, checkpoint: Path, family: Family) -> None:
+        # The weights that the model computes with, and which experts each rank held.
+        self._weights = FolderSource(checkpoint, family)
+        self._blocks = self._weights.blocks
+        super().__init__(checkpoint, family)
 
     def dense(self, name: str, key: str) -> torch.Tensor:
         """The tensor with this module-layout name, whole; fp32 but for the weight."""
@@ -118,26 +145,6 @@ class SavedStates:
         if key == WEIGHT:
             return self._weights.shape(name)
         return torch.Size(self._partitions.ranks[0].shapes[self._stored(name)])
-
-    def _stored(self, name: str) -> str:
-        if name not in self._names:
-            raise UserError(
-                f"{self._step}: holds no optimizer state of {name}; it was frozen, or belongs to another model"
-            )
-        return self._names[name]
-
-    def _replicas_of(self, stored: str, peer: int) -> Sequence[int]:
-        """The ranks that share a dense parameter with tensor-parallel peer ``peer``."""
-        known = self._partitions.ranks[peer].sharers
-        return known.get(stored, range(peer, self.world_size, self.tp_size))
-
-    def _holders_of(self, stored: str, ep_rank: int, ep_size: int) -> Sequence[int]:
-        """The ranks that hold the same experts as rank ``ep_rank``: its group of expert data parallelism."""
-        known = self._partitions.ranks[ep_rank].sharers
-        if stored in known:
-            return known[stored]
-        groups = Layout(self.world_size, ep_size).edp_groups()
-        return next(group for group in groups if ep_rank in group)
 
 
 def _load_models(step: Path) -> list[dict[str, Any]]:

@@ -20,12 +20,12 @@ import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from moe_models.engine.blocks import hf_model
+from moe_models.engine.blocks import find_blocks, hf_model
 from moe_models.errors import UserError, one_line
 
 ADAPTER = "default"
@@ -36,6 +36,11 @@ PEFT_PREFIX = "base_model.model."
 
 HELD = "expert_adapters"
 """Where an MoE block keeps its experts' factors until AutoEP has replaced it."""
+
+Side = Literal["A", "B"]
+"""Which factor of a pair."""
+
+SIDES: tuple[Side, Side] = ("A", "B")
 
 _FUSED = {"gate_up_proj": "gate_up", "down_proj": "down"}
 
@@ -100,12 +105,26 @@ class Factors:
 
 def unpack(A: torch.Tensor, B: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """PEFT's [E*r, in] and [out, r*E] as [E, r, in] and [E, out, r]; views."""
-    return A.view(num_experts, -1, A.shape[-1]), B.view(B.shape[0], -1, num_experts).permute(2, 0, 1)
+    return unpack_one("A", A, num_experts), unpack_one("B", B, num_experts)
+
+
+def unpack_one(side: Side, factor: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """One of the two of :func:`unpack`."""
+    if side == "A":
+        return factor.view(num_experts, -1, factor.shape[-1])
+    return factor.view(factor.shape[0], -1, num_experts).permute(2, 0, 1)
 
 
 def pack(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The way back of :func:`unpack`; contiguous."""
-    return A.flatten(0, 1).contiguous(), B.permute(1, 2, 0).flatten(1).contiguous()
+    return pack_one("A", A), pack_one("B", B)
+
+
+def pack_one(side: Side, factor: torch.Tensor) -> torch.Tensor:
+    """One of the two of :func:`pack`."""
+    if side == "A":
+        return factor.flatten(0, 1).contiguous()
+    return factor.permute(1, 2, 0).flatten(1).contiguous()
 
 
 class HeldFactors(nn.Module):
@@ -146,6 +165,54 @@ def take_off_wrappers(model: nn.Module) -> None:
             key += ".base_layer"
         block.experts = layer
         setattr(block, HELD, HeldFactors(factors))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertFactor:
+    """One parameter of the model that holds the same factor of several experts."""
+
+    parameter: str
+    """Its name in the model."""
+    key: str
+    """PEFT's name in its file."""
+    side: Side
+    spread: str
+    """What it is called where AutoEP spreads the experts."""
+    wrapped: str
+    """What it is called where PEFT's own wrapper holds all of them."""
+    num_experts: int
+    """E."""
+    local: range
+    """The experts of this rank."""
+
+
+def expert_factors(model: Any) -> Iterator[ExpertFactor]:
+    """The factors of experts in ``model``, which PEFT wrapped; of spread ones those of this rank."""
+    for block in find_blocks(model):
+        # 1. PEFT's key of each pair: what AutoEP's block remembers, or the paths of PEFT's wrappers.
+        experts: Any = getattr(block.module, "experts", None)
+        keys: dict[str, str] = dict(getattr(experts, "adapter_keys", {}))
+        is_spread = bool(keys)
+        path = f"{PEFT_PREFIX}{block.path}.experts"
+        layer, key = experts, path
+        while _is_wrapper(layer):
+            keys[_FUSED[layer.parameter_name]] = key
+            layer = layer.base_layer
+            key += ".base_layer"
+        # 2. Two factors of each.
+        for name, key in keys.items():
+            for side in SIDES:
+                spread = f"{path}.{name}_lora_{side}"
+                wrapped = f"{key}.lora_{side}.{ADAPTER}.weight"
+                yield ExpertFactor(
+                    parameter=spread if is_spread else wrapped,
+                    key=f"{key}.lora_{side}.weight",
+                    side=side,
+                    spread=spread,
+                    wrapped=wrapped,
+                    num_experts=block.num_experts,
+                    local=block.local,
+                )
 
 
 def is_adapted(model: Any) -> bool:

@@ -306,24 +306,12 @@ def adapter_facts(given: Any, model_config: Mapping[str, Any]) -> dict[str, Any]
     return chosen_adapter(given, family, model_config).facts()
 
 
-def resume_problems(
-    given: Any, model_config: Mapping[str, Any], ds: DsConfig, world_size: int, checkpoint: Path | None
-) -> Iterator[str]:
+def resume_problems(given: Any, model_config: Mapping[str, Any], checkpoint: Path | None) -> Iterator[str]:
     """Why this run cannot go on from ``checkpoint``, as far as adapters say it."""
     if checkpoint is None or not (checkpoint / LAYOUT_FILE).is_file():
         return
     saved = read_json(checkpoint / LAYOUT_FILE)
-    adapters = adapter_facts(given, model_config)
-    problems = adapter_resume_problems(checkpoint, saved, adapters)
-    yield from problems
-    if problems or adapters is None:
-        return
-    experts = "plain"
-    if ds.expert_parallel is not None:
-        experts = "autoep"
-    here = {"world_size": world_size, "zero_stage": ds.zero_stage, "experts": experts, "ep_size": ds.ep_size}
-    if any(saved.get(name) != value for name, value in here.items()):
-        yield other_layout_line(checkpoint)
+    yield from adapter_resume_problems(checkpoint, saved, adapter_facts(given, model_config))
 
 
 def adapter_resume_problems(
@@ -339,17 +327,12 @@ def adapter_resume_problems(
         ]
     if found is None:
         return [f"--resume_from_checkpoint {checkpoint}: it trained all weights, no adapter; drop --use_peft"]
-    differing = [
-        f"{name} {found.get(name)} there, {value} here" for name, value in adapters.items() if found.get(name) != value
-    ]
+    differing = []
+    for name, value in adapters.items():
+        if (found.get(name) or None) != (value or None):  # PEFT writes no target as None, or as an empty list
+            differing.append(f"{name} {found.get(name)} there, {value} here")
+    if not differing:
+        return []
     return [
         f"--resume_from_checkpoint {checkpoint}: it trained another adapter: {'; '.join(differing)}; give its flags"
     ]
-
-
-def other_layout_line(checkpoint: str | Path) -> str:
-    """What is said of a checkpoint with adapters that another layout wrote."""
-    return (
-        f"--resume_from_checkpoint {checkpoint}: another layout wrote it, and adapters are resumed in their own only; "
-        "use the same number of ranks, ZeRO stage and autoep_size"
-    )

@@ -62,8 +62,9 @@ def measure_rows(folder: str) -> list[dict[str, Any]]:
         path.write_text(json.dumps(ds_config(stage, ep_size)))
         job = {
             "row": len(rows), "name": name, "kind": kind, "json_path": str(path), "ep_size": ep_size or 1,
-            "liger": False, "checkpointing": False, "compile": False, "micro_batch": 2, "accumulation": 2,
-            "model_config": CONFIG, "seq_length": 32, "steps": 2, "warmup": 1, "profile_steps": 1,
+            "liger": False, "checkpointing": False, "compile": False, "lora": False, "lora_attention": False,
+            "micro_batch": 2, "accumulation": 2, "model_config": CONFIG, "seq_length": 32,
+            "steps": 2, "warmup": 1, "profile_steps": 1,
             "attn_implementation": "sdpa", "tokens": "uniform", "seed": 0,
         }  # fmt: skip
         before = live_bytes()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpoint.test_relayout import Where, train
 from tests.support import adapters, parity
 from tests.support.cluster import Cluster
 from tests.support.recipe import ROOT, command, curve, save_model, start_in_cluster, text_rows, write_jsonl
@@ -277,3 +278,130 @@ def test_resumed_equals_uninterrupted(
 
     # 4. The merged model has a proof of its own.
     assert straight["merged"].max_logit_difference < 1e-5
+
+
+# -------------------------------------------------------------------------------------------- resumed in another layout
+
+# (ranks, ZeRO stage, experts, EP): where the first half runs, and where the second.
+MOVES: list[tuple[Where, Where, str]] = [
+    ((2, 1, "autoep", 2), (4, 3, "autoep", 4), "both"),
+    ((2, 1, "autoep", 2), (4, 1, "autoep", 4), "both"),
+    ((2, 1, "autoep", 2), (2, 3, "autoep", 2), "both"),
+    ((2, 3, "autoep", 2), (2, 1, "autoep", 1), "both"),
+    ((4, 3, "autoep", 2), (2, 2, "autoep", 2), "both"),
+    ((4, 2, "autoep", 2), (2, 1, "plain", 1), "both"),
+    ((2, 1, "plain", 1), (2, 3, "autoep", 2), "both"),
+    ((2, 1, "plain", 1), (4, 2, "plain", 1), "both"),
+    ((2, 1, "autoep", 2), (4, 3, "autoep", 4), "down"),
+    ((2, 3, "autoep", 2), (4, 1, "autoep", 4), "attention"),
+]
+TARGETS: dict[str, dict[str, Any]] = {
+    "both": {},
+    "down": {"lora_target_parameters": adapters.EXPERTS[1]},
+    "attention": {"lora_target_modules": "q_proj"},
+}
+OF_ADAPTERS = {"use_peft": True, "lora_r": 4, "gradient_checkpointing": False, "learning_rate": 2e-2,
+               "max_grad_norm": adapters.CLIP,
+               "adam_epsilon": adapters.ADAM_EPS}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout, whose random numbers are each rank's own."""
+    return save_model(tmp_path_factory.mktemp("calm"))
+
+
+def train_adapter(arguments: list[str]) -> dict[str, Any]:
+    """On a rank: train as the recipe does, and say what was in the adapter when training began."""
+    from moe_models.checkpoint.adapter import AdapterSource
+
+    trainer, _, _, script = start_in_cluster(arguments)
+    begun: list[dict[str, Any]] = []
+    prepare = trainer._prepare_for_training
+
+    def prepare_and_look(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        begun.append(AdapterSource(trainer.model_wrapped, trainer.family).tensors())
+        return prepared
+
+    trainer._prepare_for_training = prepare_and_look
+    trainer.train(resume_from_checkpoint=script["resume_value"](trainer.args.resume_from_checkpoint))
+    trainer.save_model()
+    folder = str(Path(trainer.args.output_dir) / "adapter")
+    return {"history": trainer.state.log_history, "folder": folder, "begun": begun[0]}
+
+
+@pytest.mark.parametrize(("first", "second", "which"), parity.daily(MOVES, chosen={0}))
+def test_resumed_in_another_layout(
+    first: Where, second: Where, which: str, clusters: Callable[[int], Cluster], calm_model: Path, data: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """The factors arrive bit by bit; from there on the run is the one that never stopped, within 1e-5."""
+    more = {**OF_ADAPTERS, **TARGETS[which]}
+    out = tmp_path / "straight"
+    straight = train(clusters(first[0]), calm_model, data, out, first, run=train_adapter, **more)
+    again = tmp_path / "resumed"
+    shutil.copytree(out / "checkpoint-3", again / "checkpoint-3")
+    resumed = train(
+        clusters(second[0]), calm_model, data, again, second, run=train_adapter, resume_from_checkpoint="true", **more
+    )
+    check_resumed(straight, resumed, adapters.file_of(out / "checkpoint-3"))
+
+
+def check_resumed(straight: dict[str, Any], resumed: dict[str, Any], saved: dict[str, torch.Tensor]) -> None:
+    assert set(resumed["begun"]) == set(saved)
+    assert all(torch.equal(resumed["begun"][name], saved[name]) for name in saved)
+    columns = ("loss", "grad_norm", "learning_rate")
+    before, after = curve(straight, *columns), curve(resumed, *columns)
+    assert list(after) == [1, 2, 3, 4, 5, 6]
+    assert len({values[0] for values in before.values()}) == 6, "losses that do not move prove nothing"
+    for step in (4, 5, 6):
+        assert after[step] == pytest.approx(before[step], rel=1e-5), step
+    mine, theirs = adapters.file_of(resumed["folder"]), adapters.file_of(straight["folder"])
+    assert set(mine) == set(theirs)
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in theirs) < FACTOR_TOLERANCE
+    assert all(not torch.equal(theirs[name], saved[name]) for name in theirs), "all of it was trained further"
+
+
+RESUME_FAULTS = ("moments start anew", "experts of the first rank", "the packed order is another")
+
+
+def resume_with_fault(fault: str, arguments: list[str]) -> dict[str, Any]:
+    """On the ranks: resume where one thing is wrong."""
+    from moe_models.checkpoint.adapter_states import AdapterStates
+
+    whole, of_all = AdapterStates.whole, AdapterStates._of_all_experts
+
+    def no_moments(self: Any, name: str, key: str) -> Any:
+        return whole(self, name, key) * (0.0 if key == "exp_avg" else 1.0)
+
+    def first_experts(self: Any, factor: Any, key: str) -> Any:
+        found = of_all(self, factor, key)
+        local = found.shape[0] // 4
+        return torch.cat([found[:local]] * 4)
+
+    def reversed_experts(self: Any, factor: Any, key: str) -> Any:
+        return of_all(self, factor, key).flip(0)
+
+    name, wrong = {
+        RESUME_FAULTS[0]: ("whole", no_moments),
+        RESUME_FAULTS[1]: ("_of_all_experts", first_experts),
+        RESUME_FAULTS[2]: ("_of_all_experts", reversed_experts),
+    }[fault]
+    with parity.planted(AdapterStates, name, wrong):
+        return train_adapter(arguments)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("fault", RESUME_FAULTS)
+def test_faults_of_resuming_are_seen(
+    fault: str, clusters: Callable[[int], Cluster], calm_model: Path, data: Path, tmp_path: Path
+) -> None:
+    first, second, _ = MOVES[1]
+    out, again = tmp_path / "straight", tmp_path / "resumed"
+    straight = train(clusters(2), calm_model, data, out, first, run=train_adapter, **OF_ADAPTERS)
+    shutil.copytree(out / "checkpoint-3", again / "checkpoint-3")
+    run = functools.partial(resume_with_fault, fault)
+    resumed = train(clusters(4), calm_model, data, again, second, run=run, resume_from_checkpoint="true", **OF_ADAPTERS)
+    with pytest.raises(AssertionError):
+        check_resumed(straight, resumed, adapters.file_of(out / "checkpoint-3"))
