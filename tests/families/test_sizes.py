@@ -15,11 +15,16 @@ from tests.support.tiny import TINY
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((model_type, TINY[model_type]) for model_type in sorted(TINY)),
-    # The class's own defaults: the size of a released model. dots1's has no number of experts.
-    *((model_type, {}) for model_type in sorted(set(TINY) - {"dots1"})),
+    # The class's own defaults: the size of a released model. dots1's has no number of experts, lfm2_moe's
+    # no kinds of layers.
+    *((model_type, {}) for model_type in sorted(set(TINY) - {"dots1", "lfm2_moe"})),
     ("glm4_moe", {**TINY["glm4_moe"], "use_qk_norm": False, "attention_bias": False}),
     ("dots1", {**TINY["dots1"], "attention_bias": True}),
     ("exaone_moe", {**TINY["exaone_moe"], "mlp_layer_types": None, "first_k_dense_replace": 0}),
+    ("qwen3_next", {**TINY["qwen3_next"], "attention_bias": True, "mlp_only_layers": [1]}),
+    ("qwen3_5_moe_text", {**TINY["qwen3_5_moe_text"], "attention_bias": True, "linear_conv_kernel_dim": 3}),
+    ("granitemoe", {**TINY["granitemoe"], "attention_bias": True, "num_key_value_heads": None}),
+    ("lfm2_moe", {**TINY["lfm2_moe"], "conv_bias": True, "tie_word_embeddings": True}),
     ("mixtral", {**TINY["mixtral"], "head_dim": 6, "tie_word_embeddings": True}),
     ("qwen2_moe", {**TINY["qwen2_moe"], "qkv_bias": False, "decoder_sparse_step": 2}),
     ("qwen3_moe", {**TINY["qwen3_moe"], "attention_bias": True}),
@@ -44,7 +49,7 @@ def meta_parameters(model_type: str, overrides: dict[str, Any]) -> tuple[dict[st
 @pytest.mark.parametrize(("model_type", "overrides"), VARIANTS)
 def test_every_parameter_has_its_name_and_shape(model_type: str, overrides: dict[str, Any]) -> None:
     real, config = meta_parameters(model_type, overrides)
-    experts = {name: shape for name, shape in real.items() if ".mlp.experts." in name}
+    experts = {name: shape for name, shape in real.items() if ".experts." in name}
     sizes = model_sizes(config)
     assert dict(sizes.dense) == {name: shape for name, shape in real.items() if name not in experts}
     assert len(dict(sizes.dense)) == len(sizes.dense)
