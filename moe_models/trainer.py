@@ -6,6 +6,8 @@ an object with one task; the methods below are the places where a Trainer calls 
 
 - :class:`~moe_models.routing.callback.Routing` logs the load of the experts and keeps it even, as
   ``"moe": {"balance": ...}`` says; :func:`~moe_models.routing.choice.choose_balancing` chooses which loss acts;
+- :func:`~moe_models.engine.fused.layer.fuse` gives AutoEP's layers the kernels that ``"moe": {"kernels": ...}`` asks
+  for;
 - :class:`~moe_models.engine.ulysses.Ulysses` gives each rank its part of a sequence;
 - :class:`~moe_models.engine.finite.FiniteWatch` ends a run whose loss, gradient or weights are not finite, before that
   reaches a checkpoint;
@@ -13,7 +15,9 @@ an object with one task; the methods below are the places where a Trainer calls 
   finished writing;
 - :func:`~moe_models.checkpoint.resume.any_layout` resumes a checkpoint of another layout;
 - :func:`~moe_models.checkpoint.export_engine.export_engine` exports the whole model with its proof, where HF's
-  ``save_model`` keeps one rank's experts under AutoEP.
+  ``save_model`` keeps one rank's experts under AutoEP;
+- with ``peft_config=`` (LoRA), :func:`~moe_models.engine.lora.adapters_join_autoep` brings the adapters of experts into
+  AutoEP's blocks, and :func:`~moe_models.checkpoint.adapter.export_adapter` writes PEFT's own folder with its proof.
 
 Another Trainer takes the same parts: ``class MoEDPOTrainer(ExpertParallelTraining, DPOTrainer)``.
 """
@@ -34,22 +38,31 @@ from accelerate.utils import DummyOptim
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
+from moe_models.checkpoint.adapter import AdapterProof, export_adapter, save_adapter_files
 from moe_models.checkpoint.export import export_bytes
 from moe_models.checkpoint.export_engine import export_engine
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
 from moe_models.checkpoint.origin import Comparison, Origin, note_origin, shared_origin
+from moe_models.checkpoint.per_expert import AdapterLayout
 from moe_models.checkpoint.proof import ExportProof
 from moe_models.checkpoint.reading import reading_bar, refuse_unread, report_reading
 from moe_models.checkpoint.resume import any_layout
 from moe_models.checkpoint.source import is_writer
-from moe_models.checkpoint.space import checkpoint_bytes, room_warnings
+from moe_models.checkpoint.space import adapter_bytes, checkpoint_bytes, room_warnings
 from moe_models.checkpoint.whole_checkpoints import WholeCheckpoints, last_checkpoint
 from moe_models.config.layout import Degrees, autoep_section
-from moe_models.config.moe_section import Balance
+from moe_models.config.moe_section import Balance, Dispatch, Kernels
 from moe_models.engine.autoep import check_replaced, register_presets, restore_rotary_buffers
-from moe_models.engine.blocks import find_blocks
+from moe_models.engine.blocks import find_blocks, hf_model
 from moe_models.engine.finite import FiniteWatch, TrainingStoppedError
+from moe_models.engine.fused.layer import fuse
 from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
+from moe_models.engine.lora import (
+    adapters_join_autoep,
+    checkpoints_of_trained_tensors,
+    is_adapted,
+    see_through_peft,
+)
 from moe_models.engine.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.engine.plain_transformers import remember_shipped
 from moe_models.engine.same_function import How, Question, ask_before, require_same_function
@@ -73,10 +86,13 @@ if TYPE_CHECKING:
 else:
     Trainer = object  # the methods below are found before those of the Trainer that stands beside this class
 
-__all__ = ["MODEL_FOLDER", "ExpertParallelTraining", "MoETrainer", "TrainingStoppedError"]
+__all__ = ["ADAPTER_FOLDER", "MODEL_FOLDER", "ExpertParallelTraining", "MoETrainer", "TrainingStoppedError"]
 
 MODEL_FOLDER = "model"
 """Where ``save_model()`` without a folder puts the Hugging Face checkpoint, inside ``output_dir``."""
+
+ADAPTER_FOLDER = "adapter"
+"""Where it puts the adapter of a run that trains one (PEFT's own folder)."""
 
 
 # upstream: trl 1.16.0: takes the auxiliary loss over config.num_experts, which some classes call otherwise and have no
@@ -96,6 +112,8 @@ class ExpertParallelTraining(Trainer):
         args: those of the Trainer.
         max_shard_bytes: largest file of the exported model.
         balance: ``"moe": {"balance": ...}`` of the JSON; None leaves the auxiliary loss to TRL and the model.
+        kernels: ``"moe": {"kernels": ...}``: "fused" for AutoEP's layers in fewer kernels.
+        dispatch: ``"moe": {"dispatch": ...}``: how tokens get to their experts' ranks then.
         check_conversion: which MoE blocks are compared before the first step with what they computed before AutoEP
             converted them: ``auto`` (all, or some of a large model), ``all`` or ``none``. For native layers
             ``register_deepspeed_moe`` takes it.
@@ -120,6 +138,8 @@ class ExpertParallelTraining(Trainer):
         *args: Any,
         max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
         balance: Balance | None = None,
+        kernels: Kernels = "deepspeed",
+        dispatch: Dispatch = "auto",
         check_conversion: How = "auto",
         **kwargs: Any,
     ) -> None:
@@ -134,21 +154,26 @@ class ExpertParallelTraining(Trainer):
         self.family: Family = FAMILIES[model.config.model_type]
         self.source_config = copy.deepcopy(model.config)
         self.max_shard_bytes = max_shard_bytes
+        self._kernels = kernels
+        self._dispatch = dispatch
         self.check_conversion = check_conversion
-        self.last_proof: ExportProof | None = None
+        self.last_proof: ExportProof | AdapterProof | None = None
         self.last_comparison: Comparison | None = None
         self._started_from: tuple[str, str | None] = (
-            str(getattr(model, "name_or_path", "") or ""),
+            str(getattr(hf_model(model), "name_or_path", "") or ""),
             getattr(model.config, "_commit_hash", None),
         )
         self.export_progress: Callable[[int, int], None] | None = None
         """Called with (tensors done, tensors in all) on the writing rank; a recipe may set it."""
+        self.adapter_layout: AdapterLayout = "fused"
+        """Of the experts' factors in an exported adapter; a recipe may set it."""
 
         # 2. What must happen before the engine is built.
         restore_rotary_buffers(model)
-        remember_shipped(model)
-        answer_to_num_experts(model.config, self.family.num_experts_key)
+        remember_shipped(hf_model(model))
+        answer_to_num_experts(hf_model(model).config, self.family.num_experts_key)
         register_presets()
+        see_through_peft()
         self.ulysses: Ulysses | None = None
         self.checkpoints = WholeCheckpoints()
         super().__init__(model, *args, **kwargs)
@@ -226,19 +251,21 @@ class ExpertParallelTraining(Trainer):
         # 1. What the blocks compute before AutoEP converts them; native ones were asked already.
         question = self._ask_blocks()
 
-        def compare(engine: Any) -> None:
+        def converted(engine: Any) -> None:
+            self._finish_layers()
             with exact_routing(engine.module):
                 report_same_function(require_same_function(engine, question, self._conversion))
 
         # 2. Experts that are still on disk are read by the layers that take them, while the engine is built.
         resumes = resume_from_checkpoint is not None
-        before_loading = compare if resumes else None
-        with any_layout(self.family, before_loading), reading_bar(self.model, share=1 / self._asked_degrees().ep):
+        before_loading = converted if resumes else None
+        reading = reading_bar(self.model, share=1 / self._asked_degrees().ep)
+        with any_layout(self.family, before_loading), self._adapters(), reading:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         refuse_unread(self.model)
         report_reading()
         if not resumes:
-            compare(self.model_wrapped)
+            converted(self.model_wrapped)
         # 3. The parts of the trainer that need the engine.
         self._prepare_norm()
         self._attach_routing()
@@ -247,9 +274,17 @@ class ExpertParallelTraining(Trainer):
             self.routing.load(Path(resume_from_checkpoint))
         return prepared
 
+    def _adapters(self) -> Any:
+        """Inside, AutoEP's blocks get the adapters that PEFT put on their experts."""
+        if is_adapted(self.model) and autoep_section(self._deepspeed_json) is not None:
+            return adapters_join_autoep(self.model)
+        return nullcontext()
+
     @property
     def _conversion(self) -> str:
-        return "native layers" if self.native else "AutoEP"
+        if self.native:
+            return "native layers"
+        return "AutoEP with fused kernels" if self._kernels == "fused" else "AutoEP"
 
     def _ask_blocks(self) -> Question:
         """The conversion's question; empty where nothing is converted."""
@@ -271,6 +306,16 @@ class ExpertParallelTraining(Trainer):
             dtype = torch.float16
         return ask_before(self.model, paths, how, device=self.args.device, dtype=dtype)
 
+    def _finish_layers(self) -> None:
+        """Check that AutoEP built what the JSON asks for, and give it its kernels."""
+        if autoep_section(self._deepspeed_json) is None:
+            return
+        check_replaced(self.model, self.family, self.source_config.to_dict(), self._asked_degrees().ep)
+        if self._kernels == "fused":
+            lines = fuse(self.model, self._dispatch)
+            if is_writer():
+                warn(lines)
+
     def _prepare_norm(self) -> None:
         """The gradient norm by which DeepSpeed clips: right under tensor parallelism, and fast elsewhere."""
         optimizer = self.model_wrapped.optimizer
@@ -283,12 +328,17 @@ class ExpertParallelTraining(Trainer):
 
     def _warn_of_the_disk(self, max_steps: int) -> None:
         """Say at the start if the disk has not the room for what the run will write."""
-        origin = self._origin  # collective, so before any rank returns
+        adapted = is_adapted(self.model)
+        origin = None if adapted else self._origin  # collective, so before any rank returns
         if self.args.save_strategy == SaveStrategy.NO:
             return
         checkpoint = checkpoint_bytes(self.model_wrapped)
+        if adapted:
+            export = adapter_bytes(self.model_wrapped)
         if not is_writer():
             return
+        if not adapted:
+            export = export_bytes(self.family, self.source_config, self.model.dtype, origin)
         planned = 1
         if self.args.save_strategy == SaveStrategy.STEPS:
             every = self.state.save_steps or max_steps
@@ -299,7 +349,7 @@ class ExpertParallelTraining(Trainer):
         lines = room_warnings(
             folder,
             checkpoint=checkpoint,
-            export=export_bytes(self.family, self.source_config, self.model.dtype, origin),
+            export=export,
             limit=self.args.save_total_limit,
             planned=planned,
             present=len(list(folder.glob("checkpoint-*"))),
@@ -307,10 +357,7 @@ class ExpertParallelTraining(Trainer):
         warn(lines)
 
     def _attach_routing(self) -> None:
-        """Check that AutoEP built what the JSON asks for, and watch the routers as they will be trained."""
-        if autoep_section(self._deepspeed_json) is not None:
-            config = self.source_config.to_dict()
-            check_replaced(self.model, self.family, config, self._asked_degrees().ep)
+        """Watch the routers."""
         ep_size = max(block.ep_size for block in find_blocks(self.model))
         peers = self.ulysses.group if self.ulysses else None
         self.routing.attach(self.model, ep_size, self.args.device, peers)
@@ -491,12 +538,20 @@ class ExpertParallelTraining(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
-        with self.checkpoints.growing(self.model_wrapped, run_dir):
+        with self.checkpoints.growing(self.model_wrapped, run_dir), self._trained_only():
             super()._save_checkpoint(model, trial)
         self.checkpoints.finish(self, run_dir, add_files=self.routing.save)
 
+    def _trained_only(self) -> Any:
+        """Inside, a checkpoint of a run that trains an adapter leaves out what is frozen."""
+        if is_adapted(self.model):
+            return checkpoints_of_trained_tensors(self.model_wrapped)
+        return nullcontext()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Export the whole model as a Hugging Face folder (default ``output_dir/model``); every rank must call it.
+
+        A run that trains an adapter exports that instead, as PEFT's folder (default ``output_dir/adapter``).
 
         The folder is reloaded with plain transformers and its logits compared with the engine's before it gets its
         name; :attr:`last_proof` holds the figures. A checkpoint written during training (``_internal_call``) gets
@@ -510,11 +565,35 @@ class ExpertParallelTraining(Trainer):
                 with self.checkpoints.noting():
                     folder.mkdir(parents=True, exist_ok=True)
                     save_companions(folder, self.source_config, self.model.dtype, **companions)
-                    note_origin(folder, *self._started_from)
+                    if not is_adapted(self.model):  # an adapter names its base model itself
+                        note_origin(folder, *self._started_from)
+            if is_adapted(self.model):
+                save_adapter_files(self.model_wrapped, self.family, self.source_config, folder, self.checkpoints.noting)
             self.accelerator.wait_for_everyone()
             return
         self.last_proof = None
         self.last_comparison = None
+        if is_adapted(self.model):
+            self.last_proof = export_adapter(
+                self.model_wrapped,
+                self.family,
+                self.source_config,
+                Path(output_dir or os.path.join(self.args.output_dir, ADAPTER_FOLDER)),
+                self.routing,
+                tokenizer=self.processing_class,
+                layout=self.adapter_layout,
+            )
+            return
+        self.last_proof = self._export_model(output_dir)
+
+    def save_merged(self, output_dir: str | None = None) -> ExportProof | None:
+        """Export the whole model with the adapter added to its weights, as :meth:`save_model` does without one.
+
+        Returns what was compared, on the writing rank. Every rank must call it.
+        """
+        return self._export_model(output_dir)
+
+    def _export_model(self, output_dir: str | None) -> ExportProof | None:
         compared = export_engine(
             self.model_wrapped,
             self.family,
@@ -525,10 +604,13 @@ class ExpertParallelTraining(Trainer):
             progress=self.export_progress,
             origin=self._origin,
             trained_steps=self._steps_that_train(),
-            **companions,
+            tokenizer=self.processing_class,
+            generation_config=self.model.generation_config,
         )
-        if compared is not None:
-            self.last_proof, self.last_comparison = compared
+        if compared is None:
+            return None
+        proof, self.last_comparison = compared
+        return proof
 
     @cached_property
     def _origin(self) -> Origin | None:

@@ -16,6 +16,7 @@ TESTED: dict[str, tuple[str, ...]] = {
     "transformers": ("5.17.0", "5.20.2"),
     "trl": ("1.16.0",),
     "accelerate": ("1.15.0",),
+    "peft": ("0.21.2",),
 }
 """Versions that the tests ran with, oldest first."""
 

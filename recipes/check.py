@@ -36,14 +36,25 @@ from moe_models.config.ds_config import DsConfig, load_ds_config
 from moe_models.config.layout import Groups
 from moe_models.config.work import Work
 from moe_models.errors import Problems, run, warn
+from moe_models.families.adapters import adapter_sizes
 from moe_models.families.config_json import read_model_config
 from moe_models.families.model import Model
+from moe_models.families.table import FAMILIES
 from moe_models.planner.case import Case
-from moe_models.planner.host import READ_GB_PER_S, checkpoint_bytes, export_bytes, has_safetensors, host_needs
+from moe_models.planner.host import (
+    READ_GB_PER_S,
+    adapter_bytes,
+    checkpoint_bytes,
+    export_bytes,
+    has_safetensors,
+    host_needs,
+)
 from moe_models.planner.shares import state_bytes
 from moe_models.planner.traffic import Flow, spans_nodes, traffic
+from moe_models.preflight.adapters import adapter_layout_problems, plan_problems
 from moe_models.preflight.advice import warnings_for_run
 from moe_models.preflight.flags import length_problems
+from moe_models.preflight.fused import dispatch_line
 from moe_models.preflight.run import check_run
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's parser is asked, and would look for a GPU
@@ -69,13 +80,23 @@ def main(words: list[str]) -> int:
 
     problems = Problems(check_run(ds, config, world_size))
     problems.add(*length_problems(arguments.max_length, config))
+    problems.add(*plan_problems(arguments, config))
+    if arguments.use_peft:
+        on_experts = bool(arguments.lora_target_parameters or not arguments.lora_target_modules)
+        recompute = arguments.gradient_checkpointing
+        problems.add(*adapter_layout_problems(ds, on_experts=on_experts, recompute=recompute))
     warnings = []
     if world_size > 0:
         warnings = warnings_for_run(ds, config, world_size, per_node, work=work)
 
     if not problems.lines:
         safetensors = has_safetensors(arguments.model_name_or_path)
-        case = Case.of(ds, Model.of(config), world_size, work, per_node, safetensors=safetensors)
+        model = Model.of(config)
+        adapter = None
+        if arguments.use_peft:
+            targets = (arguments.lora_target_modules, arguments.lora_target_parameters)
+            adapter = adapter_sizes(model.sizes, FAMILIES[config["model_type"]], config, arguments.lora_r, *targets)
+        case = Case.of(ds, model, world_size, work, per_node, safetensors=safetensors, adapter=adapter)
         print_case(case, host_lines(case, arguments.read_gb_per_s, arguments.save_total_limit))
     warn(warnings)
     problems.refuse()
@@ -98,6 +119,10 @@ def parse(words: list[str]) -> argparse.Namespace:
         default=True,
         help="activations are recomputed in the backward pass (true)",
     )
+    parser.add_argument("--use_peft", action="store_true", help="an adapter (LoRA) is trained instead of all weights")
+    parser.add_argument("--lora_r", type=int, default=16, help="its rank (16)")
+    parser.add_argument("--lora_target_modules", nargs="+", help="its linear layers, as in recipes/finetune.py")
+    parser.add_argument("--lora_target_parameters", nargs="+", help="its expert tensors, as in recipes/finetune.py")
     parser.add_argument("--save_total_limit", type=int, help="checkpoints that the run keeps (all of them)")
     parser.add_argument(
         "--read_gb_per_s",
@@ -154,6 +179,7 @@ def print_case(case: Case, host: str) -> None:
         memory_lines(case),
         host,
         traffic_table(case),
+        *dispatch_lines(case),
     ]
     for part in parts:
         console.print(part)
@@ -295,7 +321,10 @@ def memory_lines(case: Case) -> str:
     experts = _billions(sizes.expert_params)
     active = _billions(sizes.active_params)
 
-    states = state_bytes(case.ds, sizes, case.layout, case.work.element_bytes)
+    trained = None
+    if case.adapter is not None:
+        trained = case.trained.share
+    states = state_bytes(case.ds, sizes, case.layout, case.work.element_bytes, trained)
     here: dict[str, int] = {}
     on_host: dict[str, int] = {}
     for name, count in states.items():
@@ -306,6 +335,9 @@ def memory_lines(case: Case) -> str:
         f"[bold]memory[/bold]  {_sum_of(here)}",
         f"        = {amount(sum(here.values()))} on each rank with AdamW, before activations and buffers",
     ]
+    if case.adapter is not None:
+        trained_here = case.trained.elements / 1e6
+        lines[0] += f"; frozen, an adapter of rank {case.adapter.r} is trained ({trained_here:.3g} million on a rank)"
     if on_host:
         lines.append(f"        in host memory, for each rank: {_sum_of(on_host)}")
     return "\n".join(lines) + "\n"
@@ -326,7 +358,8 @@ def host_lines(case: Case, gb_per_s: float, save_total_limit: int | None) -> str
         lines.append(f"        each rank reads the whole model: {needs.whole}")
 
     checkpoint = checkpoint_bytes(case)
-    lines.append(f"[bold]disk[/bold]    {amount(checkpoint)} a checkpoint, {amount(export_bytes(case))} the export")
+    exported = adapter_bytes(case) or export_bytes(case)
+    lines.append(f"[bold]disk[/bold]    {amount(checkpoint)} a checkpoint, {amount(exported)} the export")
     if save_total_limit is None:
         lines.append("        every checkpoint is kept; --save_total_limit 2 keeps two")
     else:
@@ -366,6 +399,13 @@ def traffic_table(case: Case) -> RenderableType:
         if total:
             table.add_row("in all", "", "", amount(total), where, style="bold")
     return table
+
+
+def dispatch_lines(case: Case) -> Iterator[str]:
+    """How tokens travel under fused kernels, and why."""
+    line = dispatch_line(case.ds, case.model.config)
+    if line is not None:
+        yield f"[dim]{line}[/dim]\n"
 
 
 def _where(flow: Flow) -> str:

@@ -23,6 +23,22 @@ class RecipeArguments:
         metadata={"help": "Held-out data (like --dataset_name): its loss is reported before and after training."},
     )
     export_max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of the exported model."})
+    adapter_layout: Literal["fused", "per_expert"] = field(
+        default="fused",
+        metadata={
+            "help": "With --use_peft, how the adapter holds the experts' factors: PEFT's own way, or a pair for each "
+            "expert's matrix under the hub's names, which vLLM reads by default."
+        },
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "With --use_peft, the adapter (PEFT's folder) to go on from."}
+    )
+    export_merged: bool = field(
+        default=False,
+        metadata={
+            "help": "With --use_peft, write the whole model with the adapter added to it, too (OUTPUT_DIR/model)."
+        },
+    )
     check_conversion: Literal["auto", "all", "none"] = field(
         default="auto",
         metadata={
@@ -74,7 +90,10 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
 
     from moe_models.engine.cpu import adapt_for_cpu, join_cpu_ranks, on_cpu
     from moe_models.engine.seams import check_seams
+    from moe_models.families.table import FAMILIES
+    from moe_models.preflight.adapters import adapter_warnings, chosen_adapter
     from moe_models.preflight.flags import mismatch_problems
+    from moe_models.preflight.fused import dispatch_line
 
     check_seams()  # a run on libraries that changed would lose things without a word
 
@@ -84,6 +103,9 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     values["deepspeed"] = ds.deepspeed
     if ds.precision != "auto":
         values |= {"bf16": ds.precision == "bf16", "fp16": ds.precision == "fp16"}
+    if given.use_peft:
+        adapter = chosen_adapter(given, FAMILIES[model_config["model_type"]], model_config)
+        values |= {"lora_target_modules": adapter.modules or None, "lora_target_parameters": adapter.parameters or None}
     if on_cpu():
         values["deepspeed"], notes = adapt_for_cpu(ds.deepspeed)
         values |= {"bf16": False, "fp16": False, "dataloader_pin_memory": False}
@@ -101,9 +123,12 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     # 4. Say what will run.
     if ds.moe.layer is not None:
         notes += [f"moe.layer: {line}" for line in ds.moe.layer.departures()]
+    dispatch = dispatch_line(ds, model_config)
+    if dispatch is not None:
+        notes.append(dispatch)
     if rank() == 0:
         print(f"layout: {describe(ds)}", *notes, sep="\n", flush=True)
-        warn(start_warnings(ds, model_config, args, on_gpu=not on_cpu()))
+        warn([*start_warnings(ds, model_config, args, on_gpu=not on_cpu()), *adapter_warnings(given, model_config)])
     return script, recipe, args, model_args, ds
 
 
@@ -134,6 +159,7 @@ def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, An
 
     from moe_models.config.ds_config import load_ds_config
     from moe_models.engine.cpu import on_cpu
+    from moe_models.preflight.adapters import resume_problems
     from moe_models.preflight.flags import flag_problems
     from moe_models.preflight.run import check_run
 
@@ -148,6 +174,10 @@ def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, An
     if ds is not None and model_config is not None:
         problems.add(*check_run(ds, model_config, world_size()))
     problems.add(*flag_problems(given, model_config or {}, ds, on_gpu=not on_cpu()))
+    if ds is not None and model_config is not None:
+        with problems.note():
+            checkpoint = checkpoint_to_resume(given.output_dir, given.resume_from_checkpoint)
+            problems.add(*resume_problems(given, model_config, ds, world_size(), checkpoint))
 
     # 3. What was told already still ends the run.
     if paths.lines or ds is None or model_config is None:
@@ -240,7 +270,7 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
     usage = f"deepspeed --num_gpus N {kind.recipe} --FLAG VALUE ..."  # instead of TRL's 200 flags on two pages
     parser = TrlParser(kinds, usage=usage, description=about, formatter_class=_Help, allow_abbrev=False)
     parser.set_defaults_with_config(
-        packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None,
+        packing_strategy="bfd_split", report_to=["tensorboard"], eval_on_start=True, output_dir=None, lora_dropout=0.0,
         **({} if on_cpu() else GPU_LOADER), **kind.defaults,
     )  # fmt: skip
 
@@ -291,6 +321,17 @@ def resume_value(value: str | None) -> bool | str | None:
     if word in ("none", "false"):
         return None
     return value
+
+
+def checkpoint_to_resume(output_dir: Any, resume_from_checkpoint: str | None) -> Path | None:
+    """The checkpoint that a run with these flags goes on from, if it is there."""
+    value = resume_value(resume_from_checkpoint)
+    if not value:
+        return None
+    if isinstance(value, str):
+        return Path(value)
+    found = [path for path in Path(output_dir or "").glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def describe(ds: Any) -> str:

@@ -5,6 +5,9 @@
     # two nodes, 256 sequences in a step; write the ds_config of the best layout (recipes/check.py accepts it)
     python recipes/plan.py ... --gpus 16 --gpus_per_node 8 --global_batch_size 256 --write ds_configs/mine.json
 
+    # an adapter (LoRA) instead of all weights
+    python recipes/plan.py ... --gpus 2 --use_peft --lora_r 16
+
     # with figures measured on your machine instead of those of moe_models/planner/devices.json: the calibration.json
     # that recipes/bench.py and recipes/bench_alltoall.py write (docs/calibration.md)
     python recipes/plan.py ... --calibration out/bench/calibration.json out/alltoall/calibration.json
@@ -46,12 +49,15 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_models.errors import Problems, UserError, run
+from moe_models.families.adapters import adapter_sizes
 from moe_models.families.config_json import read_model_config
 from moe_models.families.model import Model
+from moe_models.families.table import FAMILIES
 from moe_models.files import write
 from moe_models.planner.devices import GIB, device_names, read_device
-from moe_models.planner.host import READ_GB_PER_S, checkpoint_bytes, export_bytes, has_safetensors
+from moe_models.planner.host import READ_GB_PER_S, adapter_bytes, checkpoint_bytes, export_bytes, has_safetensors
 from moe_models.planner.search import Plan, Request, nothing_fits, search
+from moe_models.preflight.adapters import plan_problems
 from moe_models.preflight.liger import no_kernels
 
 PHASES = ("read", "train", "export")
@@ -122,6 +128,10 @@ def parse(words: list[str]) -> argparse.Namespace:
         default=READ_GB_PER_S,
         help=f"GB/s at which one node reads the model's files ({READ_GB_PER_S:g}, assumed)",
     )
+    parser.add_argument("--use_peft", action="store_true", help="an adapter (LoRA) is trained instead of all weights")
+    parser.add_argument("--lora_r", type=int, default=16, help="its rank (16)")
+    parser.add_argument("--lora_target_modules", nargs="+", help="its linear layers, as in recipes/finetune.py")
+    parser.add_argument("--lora_target_parameters", nargs="+", help="its expert tensors, as in recipes/finetune.py")
     parser.add_argument("--use_liger_kernel", action="store_true", help="the run uses Liger's kernels")
     parser.add_argument("--top", type=int, default=6, help="rows to show (6)")
     return parser.parse_args(words)
@@ -153,10 +163,18 @@ def read(arguments: argparse.Namespace) -> Request:
         config = read_model_config(arguments.model_name_or_path)
         if arguments.use_liger_kernel:
             problems.add(*no_kernels(config, "--use_liger_kernel"))
+        problems.add(*plan_problems(arguments, config))
     problems.refuse()
 
+    model = Model.of(config)
+    adapter = None
+    if arguments.use_peft:
+        family = FAMILIES[config["model_type"]]
+        targets = (arguments.lora_target_modules, arguments.lora_target_parameters)
+        adapter = adapter_sizes(model.sizes, family, config, arguments.lora_r, *targets)
     return Request(
-        model=Model.of(config),
+        model=model,
+        adapter=adapter,
         gpus=arguments.gpus,
         gpus_per_node=min(arguments.gpus_per_node, arguments.gpus),
         device=device,
@@ -331,6 +349,8 @@ def under_host_table(plan: Plan, gb_per_s: float) -> str:
     if gb_per_s == READ_GB_PER_S:
         speed += " (assumed; --read_gb_per_s sets it)"
     text = f"{speed}; the exported model takes {export_bytes(plan.case) / 1e9:,.1f} GB of disk."
+    if plan.case.adapter is not None:
+        text = f"{speed}; the adapter takes {adapter_bytes(plan.case) / 1e9:,.2f} GB of disk."
     whole = plan.prediction.host.whole
     if whole:
         text += f" Each rank reads the whole model: {whole}."
@@ -468,6 +488,11 @@ def command(plan: Plan, arguments: argparse.Namespace) -> str:
     )
     if arguments.use_liger_kernel:
         flags += " --use_liger_kernel"
+    if arguments.use_peft:
+        flags += f" --use_peft --lora_r {arguments.lora_r}"
+        for name in ("lora_target_modules", "lora_target_parameters"):
+            if getattr(arguments, name):
+                flags += f" --{name} {' '.join(getattr(arguments, name))}"
     return f"{how}Its run: recipes/finetune.py {flags}"
 
 

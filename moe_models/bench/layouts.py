@@ -20,6 +20,7 @@ from typing import Any
 
 from moe_models.config.ds_config import DsConfig, load_ds_config
 from moe_models.config.layout import divisors
+from moe_models.config.moe_section import Moe
 from moe_models.errors import Problems, UserError
 from moe_models.families.table import family_of, moe_blocks
 from moe_models.files import read_json
@@ -166,7 +167,7 @@ def _not_here(ds: DsConfig, kind: str) -> list[str]:
     """What a run can do and this benchmark cannot."""
     if ds.sp_size > 1:
         return ["sequence_parallel_size: not in this benchmark"]
-    if kind == "bare" and (ds.moe.layer is not None or ds.moe.balance is not None):
+    if kind == "bare" and ds.moe != Moe():
         return ["moe: the section is ours; a bare loop cannot read it"]
     return []
 

@@ -100,6 +100,8 @@ def run_trainer(job: dict[str, Any], clock: Clock, device: torch.device) -> dict
             train_dataset=Dataset.from_dict({"input_ids": rows.numpy()}),
             processing_class=_tokenizer(),
             balance=ds.moe.balance,
+            kernels=ds.moe.kernels,
+            dispatch=ds.moe.dispatch,
         )
         callback = _ClockCallback(clock, trainer)
         trainer.add_callback(callback)

@@ -205,7 +205,7 @@ def export(
             raise ExportError(full_line(folder, needed))
         return writer
 
-    writer = _together(open_writer)
+    writer = together(open_writer)
     own_writer: TensorWriter | None = writer
     done = 0
 
@@ -261,15 +261,15 @@ def export(
         shared = None
         if not any(entry.stacked for entry in plan):  # a tensor is written by one rank
             shared = _shared_staging(source, writer)
-        own_writer = _together(join)
+        own_writer = together(join)
         # 2. One tensor after the other. Ranks agree after each: one may fail where the others cannot see it.
         for entry in plan:
-            _together(partial(move, entry))
+            together(partial(move, entry))
         # 3. What the trained class has no place for.
-        _together(pass_on, slow=True)
+        together(pass_on, slow=True)
         # 4. What is beside the weights, and the rename.
         seen_elsewhere = _seen_elsewhere(own_writer)
-        _together(finish, slow=True)
+        together(finish, slow=True)
     except BaseException:
         if writer is not None:
             writer.discard()
@@ -347,7 +347,7 @@ def export_bytes(family: Family, config: Any, dtype: torch.dtype, origin: LeftOv
     return _nbytes(_expected_on_disk(hub_plan(family, config), config, dtype) | passed_on)
 
 
-def _together(action: Callable[[], T], *, slow: bool = False) -> T:
+def together(action: Callable[[], T], *, slow: bool = False) -> T:
     """Run ``action`` on every rank; if it failed on any of them, raise ExportError on all, so that none goes on alone.
 
     ``slow``: rank 0 may take longer than the timeout of a collective (it reloads the whole model). Then it works in a

@@ -7,8 +7,10 @@ from typing import Any
 
 from moe_models.checkpoint.export import export
 from moe_models.checkpoint.from_engine import EngineSource
+from moe_models.checkpoint.merged import MergedSource
 from moe_models.checkpoint.origin import Comparison, Origin, compare, refuse_unchanged
 from moe_models.checkpoint.proof import ExportProof, prove_folder, record_logits
+from moe_models.engine.lora import is_adapted
 from moe_models.engine.native import exact_routing
 from moe_models.families.table import Family
 from moe_models.routing.callback import Routing
@@ -25,7 +27,7 @@ def export_engine(
     trained_steps: int = 0,
     **options: Any,
 ) -> tuple[ExportProof, Comparison | None] | None:
-    """Write the model of ``engine`` to ``folder``; every rank calls it.
+    """Write the model of ``engine`` to ``folder``, an adapter added to its weights; every rank calls it.
 
     The folder is reloaded with plain transformers and compared with the engine, bits and logits, before it gets its
     name.
@@ -53,6 +55,8 @@ def export_engine(
 
     # 2. Every tensor from the rank that owns it; its fingerprint is taken there.
     source = EngineSource(engine, family)
+    if is_adapted(engine.module):
+        source = MergedSource(engine, family)
     proofs: list[tuple[ExportProof, Comparison | None]] = []
 
     # 3. The comparisons, while the folder still has its staging name.

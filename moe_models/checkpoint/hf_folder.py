@@ -244,6 +244,11 @@ def _is_of_an_export(name: str) -> bool:
     return bool(_WEIGHT_FILES.fullmatch(name) or _COMPANIONS.fullmatch(name))
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file of this name may lie beside the weights: config, tokenizer, generation config."""
+    return _COMPANIONS.fullmatch(name) is not None
+
+
 def save_companions(
     folder: Path,
     config: Any,

@@ -27,15 +27,20 @@ from moe_models.checkpoint.saved_states import KEYS, WEIGHT, SavedStates
 from moe_models.checkpoint.source import is_writer
 from moe_models.checkpoint.tp_shards import own_shard, split_dimension
 from moe_models.engine.blocks import ExpertParameter, find_blocks, whole_shape
+from moe_models.engine.lora import adapter_facts, checkpoints_of_trained_tensors, is_adapted, weights_from_masters
 from moe_models.engine.plain_checkpoints import reads_with
 from moe_models.errors import Problems, UserError
 from moe_models.families.table import Family
 from moe_models.files import read_json
+from moe_models.preflight.adapters import (
+    ADAPTER_WEIGHTS,
+    ADAPTERS,
+    LAYOUT_FILE,
+    adapter_resume_problems,
+    other_layout_line,
+)
 
 logger = logging.getLogger(__name__)
-
-LAYOUT_FILE = "layout.json"
-"""In a checkpoint folder: the layout that wrote it."""
 
 
 def describe_engine(engine: Any) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def describe_engine(engine: Any) -> dict[str, Any]:
     if dist.is_initialized():
         world_size = dist.get_world_size()
     precision = next(p.dtype for p in engine.module.parameters())
-    return {
+    description: dict[str, Any] = {
         "world_size": world_size,
         "zero_stage": int(engine.zero_optimization_stage()),
         "experts": experts,
@@ -60,6 +65,9 @@ def describe_engine(engine: Any) -> dict[str, Any]:
         "tp_size": max(1, engine.autotp_size()),
         "precision": str(precision).removeprefix("torch."),
     }
+    if is_adapted(engine.module):
+        description[ADAPTERS] = adapter_facts(engine)
+    return description
 
 
 @contextmanager
@@ -80,7 +88,17 @@ def any_layout(family: Family, before_loading: Callable[[Any], None] | None = No
             before_loading(engine)
         saved = saved_layout(checkpoint)
         require_readable(Path(checkpoint), family, saved)
-        if saved is None or saved == describe_engine(engine):
+        here = describe_engine(engine)
+        adapters = here.get(ADAPTERS)
+        Problems(adapter_resume_problems(checkpoint, saved, adapters)).refuse()
+        if adapters is not None:
+            if saved != here:
+                raise UserError(other_layout_line(checkpoint))
+            with reads_with(engine, load_states), checkpoints_of_trained_tensors(engine):
+                load_own(engine, checkpoint, **options)
+            weights_from_masters(engine)
+            return
+        if saved is None or saved == here:
             with reads_with(engine, load_states):
                 load_own(engine, checkpoint, **options)
             return
@@ -136,7 +154,10 @@ def _require_all_files(checkpoint: Path, family: Family, saved: dict[str, Any] |
         return
     step = find_step_folder(checkpoint)
     kinds = []
-    if saved["zero_stage"] < 3:
+    if ADAPTERS in saved:
+        if not (checkpoint / ADAPTER_WEIGHTS).exists():
+            raise UserError(f"{checkpoint}: holds no {ADAPTER_WEIGHTS}; it is incomplete, use an earlier one")
+    elif saved["zero_stage"] < 3:
         FolderSource(checkpoint, family)
     else:
         kinds.append("model")

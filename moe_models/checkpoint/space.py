@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from moe_models.disk import free_bytes, size
-from moe_models.engine.blocks import find_blocks
+from moe_models.engine.blocks import find_blocks, whole_shape
+from moe_models.engine.lora import is_adapted
 
 
 def checkpoint_bytes(engine: Any) -> int:
@@ -19,7 +20,19 @@ def checkpoint_bytes(engine: Any) -> int:
     A lower bound, and close: the rest is names, counters and random states. Before the first step the optimizer counts
     as Adam.
     """
-    mine = _state_bytes(engine.optimizer) + _weight_bytes(engine)
+    adapted = is_adapted(engine.module)
+    weights = 0
+    if adapted or not engine.zero_optimization_partition_weights():
+        weights = _weight_bytes(engine, trained_only=adapted)
+    return _of_all_ranks(_state_bytes(engine.optimizer) + weights)
+
+
+def adapter_bytes(engine: Any) -> int:
+    """Bytes of the weights of the adapter that ``engine`` trains. Collective."""
+    return _of_all_ranks(_weight_bytes(engine, trained_only=True))
+
+
+def _of_all_ranks(mine: int) -> int:
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return mine
     everyone: list[int] = [0] * dist.get_world_size()
@@ -45,10 +58,8 @@ def _state_bytes(optimizer: Any) -> int:
     return masters + states
 
 
-def _weight_bytes(engine: Any) -> int:
-    """This rank's part of the weights: ZeRO 1 and 2 write them once, ZeRO-3 has them in the masters alone."""
-    if engine.zero_optimization_partition_weights():
-        return 0
+def _weight_bytes(engine: Any, *, trained_only: bool) -> int:
+    """This rank's part of the weights, each of which is written once. ZeRO-3 writes those of an adapter only."""
     blocks = find_blocks(engine.module)
     ep_size = max((block.ep_size for block in blocks), default=1)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -56,11 +67,14 @@ def _weight_bytes(engine: Any) -> int:
     dense = 0
     experts = 0
     for parameter in engine.module.parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
+        nbytes = whole_shape(parameter).numel() * parameter.element_size()
         # DeepSpeed's own mark of a parameter that not all ranks share.
         if getattr(parameter, "allreduce", True):
-            dense += parameter.nbytes
+            dense += nbytes
         else:
-            experts += parameter.nbytes
+            experts += nbytes
     # One rank of each EDP group writes its experts, so a rank's mean part is EP of the world.
     return (dense if rank == 0 else 0) + experts * ep_size // world
 

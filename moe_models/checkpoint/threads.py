@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -36,4 +38,7 @@ def each(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
 @cache
 def _threads(pid: int) -> ThreadPoolExecutor:
     """The threads of this process; they do not survive a fork."""
+    # upstream: torch 2.13.0: in a forked process the first threads that compute race to replace the pool that the fork
+    # broke, and one finds none ("Invalid thread pool!"). Remove when: that is done under a lock.
+    torch.set_num_threads(torch.get_num_threads())
     return ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="tensors")

@@ -25,11 +25,12 @@ import torch.distributed as dist
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from moe_models.checkpoint.resume import LAYOUT_FILE, describe_engine
+from moe_models.checkpoint.resume import describe_engine
 from moe_models.checkpoint.source import is_writer
 from moe_models.checkpoint.space import checkpoint_bytes
 from moe_models.disk import free_bytes, full_line, is_failed_write, is_full
 from moe_models.errors import RunError, one_line
+from moe_models.preflight.adapters import LAYOUT_FILE
 
 STAGING_FOLDER = ".writing"
 """Where a checkpoint grows, inside ``output_dir``, until it gets its name."""

@@ -227,7 +227,12 @@ def _parse(section: str, values: dict[str, Any], model: type[BaseModel], problem
 
 
 def _moe_problems(moe: Moe, experts: ExpertParallel | None) -> Iterator[str]:
-    """What ``moe.layer`` says against itself and against the other two sections about experts."""
+    """What ``moe`` says against itself and against the other section about experts."""
+    if moe.kernels != "fused" and "dispatch" in moe.model_fields_set:
+        yield (
+            f'moe.dispatch = {show(moe.dispatch)}: does nothing without "kernels": "fused" beside it; add that, or '
+            "remove the key"
+        )
     if moe.layer is None:
         return
     yield from moe.layer.conflicts()

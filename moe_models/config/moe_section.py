@@ -109,6 +109,32 @@ class Balance(Section):
     """Step of the selection bias after each optimizer step; 0 is off, DeepSeek-V3 took 0.001."""
 
 
+Kernels = Literal["deepspeed", "fused"]
+"""Whose forward pass AutoEP's layers take."""
+
+Dispatch = Literal["auto", "all_to_all", "all_gather"]
+"""How tokens get to their experts' ranks and back."""
+
+
+def rows_sent(dispatch: Dispatch, ep_size: int, top_k: int) -> float:
+    """Rows [D] that a rank sends for each of its tokens on the way to the experts, and gets back, evenly routed.
+
+    All-gather: the token to each other rank. All-to-all: a row for each choice, of which 1 / EP stay.
+    """
+    if resolve_dispatch(dispatch, ep_size, top_k) == "all_gather":
+        return ep_size - 1
+    return top_k * (ep_size - 1) / ep_size
+
+
+def resolve_dispatch(dispatch: Dispatch, ep_size: int, top_k: int) -> Dispatch:
+    """What "auto" means: the all-gather where it sends fewer rows, which is where EP is below top-k."""
+    if dispatch != "auto":
+        return dispatch
+    if 1 < ep_size < top_k:
+        return "all_gather"
+    return "all_to_all"
+
+
 class Moe(Section):
     """``"moe"``."""
 
@@ -116,3 +142,7 @@ class Moe(Section):
     """Native layers; absent means the model's own blocks, or AutoEP's."""
     balance: Balance | None = None
     """Load balancing; absent leaves it to the model's own auxiliary loss."""
+    kernels: Kernels = "deepspeed"
+    """AutoEP's layers as DeepSpeed computes them, or the same function in fewer kernels (``engine/fused``)."""
+    dispatch: Dispatch = "auto"
+    """With fused kernels: all-to-all, or all-gather and reduce-scatter; "auto" takes what sends fewer rows."""

@@ -111,13 +111,20 @@ class Block(Protocol):
         """Let the router choose with this selection bias. Raises ValueError if it has no place for one."""
 
 
+def hf_model(model: Any) -> Any:
+    """The Hugging Face model: inside the wrapper of an adapter (PEFT), or ``model`` itself."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
+
+
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The MoE blocks of ``model`` in layer order.
+    """The MoE blocks of ``model`` in layer order, by their paths in the Hugging Face model.
 
     Call it after ``deepspeed.initialize``: before, the process groups of expert parallelism are not known.
     """
     blocks: list[Block] = []
-    for path, module in model.named_modules():
+    for path, module in hf_model(model).named_modules():
         for kind in _KINDS:
             if kind.matches(module):
                 blocks.append(kind.of(path, module))
@@ -174,9 +181,21 @@ def native_parameter(path: str, expert: int, projection: str) -> str:
     return f"{path}.{NATIVE_EXPERTS}.{expert}.{projection}_proj.weight"
 
 
-def plain_parameter(path: str, projection: str) -> str:
-    """Name of Hugging Face's own tensor that holds one projection of all experts; gate and up share one."""
-    return f"{path}.experts.{_PLAIN_EXPERTS[projection]}"
+def plain_parameter(path: str, projection: str, inside: str = "") -> str:
+    """Name of Hugging Face's own tensor that holds one projection of all experts; gate and up share one.
+
+    ``inside`` is the path from an adapter's wrapper around the experts to the experts.
+    """
+    return f"{path}.experts{inside}.{_PLAIN_EXPERTS[projection]}"
+
+
+def _unwrapped(experts: Any) -> tuple[Any, str]:
+    """Hugging Face's experts inside the wrappers of an adapter (PEFT), and the path to them."""
+    inside = ""
+    while hasattr(experts, "base_layer"):
+        experts = experts.base_layer
+        inside += ".base_layer"
+    return experts, inside
 
 
 def fuse_gate_up(gate_FD: torch.Tensor, up_FD: torch.Tensor) -> torch.Tensor:
@@ -384,25 +403,26 @@ class PlainBlock:
     @staticmethod
     def matches(module: Any) -> bool:
         """Whether ``module`` is such a block: its child ``experts`` holds them stacked."""
-        return hasattr(getattr(module, "experts", None), "gate_up_proj")
+        return hasattr(_unwrapped(getattr(module, "experts", None))[0], "gate_up_proj")
 
     @classmethod
     def of(cls, path: str, module: Any) -> PlainBlock:
         """The block at ``path``."""
-        E = whole_shape(module.experts.down_proj)[0]
+        E = whole_shape(_unwrapped(module.experts)[0].down_proj)[0]
         router = module.gate if hasattr(module, "gate") else module.router
         return cls(path=path, module=module, router=router, num_experts=E, local=range(E))
 
     def experts(self, projection: str) -> torch.Tensor:
         """See :class:`Block`."""
-        fused: torch.Tensor = getattr(self.module.experts, _PLAIN_EXPERTS[projection])
+        fused: torch.Tensor = getattr(_unwrapped(self.module.experts)[0], _PLAIN_EXPERTS[projection])
         return take_projection(fused.detach(), projection)
 
     def parameters(self) -> list[ExpertParameter]:
         """See :class:`Block`."""
+        inside = _unwrapped(self.module.experts)[1]
         return [
-            ExpertParameter(plain_parameter(self.path, "gate"), ("gate", "up"), self.local),
-            ExpertParameter(plain_parameter(self.path, "down"), ("down",), self.local),
+            ExpertParameter(plain_parameter(self.path, "gate", inside), ("gate", "up"), self.local),
+            ExpertParameter(plain_parameter(self.path, "down", inside), ("down",), self.local),
         ]
 
     def watch(self, counts: Callable[[], bool], report: RoutingObserver) -> list[Any]:

@@ -18,6 +18,7 @@ conversion differ by more than the tolerance, the token is left out. All others 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from moe_models.engine.blocks import hf_model
 from moe_models.errors import RunError, warn
 from moe_models.ranks import rank
 
@@ -91,12 +93,13 @@ def ask_before(
     Native blocks were asked when they were made (``register_deepspeed_moe``).
 
     Args:
-        model: not converted yet.
+        model: not converted yet; PEFT may have wrapped it.
         paths: module paths of its MoE blocks.
         how: which of them.
         device: where they will train; None: where they are.
         dtype: in which they will train; None: as they are.
     """
+    model = hf_model(model)
     native: dict[str, Any] = {path: m for path, m in model.named_modules() if getattr(m, "is_native_layer", False)}
     if native:
         told = {path: block.answer_before for path, block in native.items() if block.answer_before is not None}
@@ -142,18 +145,21 @@ def answer_of_one_rank(
             stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
         if not mine:
             return None
-        # 2. A copy of the values, for this one call. A tensor that is on disk is read here. What transformers keeps in
+        # 2. A copy of the block, for this one call. A tensor that is on disk is read here. What transformers keeps in
         #    fp32 beside weights of another dtype stays so.
-        stack.enter_context(evaluating(block))
         held_in = main_dtype(block)
         device = device or next(block.parameters()).device
-        tensors = {}
-        for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+        copies: dict[int, Any] = {}
+        for tensor in [*block.parameters(), *block.buffers()]:
             casts_to = dtype if tensor.dtype == held_in else tensor.dtype
-            tensors[name] = tensor.detach().clone().to(device, casts_to)
-        # 3. The answer.
+            values = tensor.detach().clone().to(device, casts_to)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(values, requires_grad=False) if is_parameter else values
+        copied: nn.Module = copy.deepcopy(block, copies)
+        # 3. The answer. PEFT's wrappers add their adapter to the weights meanwhile.
+        copied.eval()
         x_BTD = hidden_states(D, torch.empty(0, dtype=dtype, device=device))
-        output = torch.func.functional_call(block, tensors, (x_BTD,))
+        output = copied(x_BTD)
     return first(output).float().reshape(x_BTD.shape).cpu()
 
 
@@ -236,7 +242,7 @@ def require_same_function(engine: Any, question: Question, conversion: str) -> S
     """
     if not question.asked:
         return None
-    module = engine.module
+    module = hf_model(engine.module)
     if question.dtype != main_dtype(module):  # native layers that were made of a model in another dtype
         warn([f"conversion: not compared; asked in {question.dtype}, trained in {main_dtype(module)}"], rank=rank())
         return None
@@ -290,7 +296,7 @@ def converted_answers(engine: Any, paths: Sequence[str]) -> tuple[dict[str, torc
     judged.
     """
     failed: Exception | None = None
-    module = engine.module
+    module = hf_model(engine.module)
     answers: dict[str, torch.Tensor] = {}
     handles = []
     for path in paths:

@@ -50,6 +50,8 @@ _AUTOEP_MODEL = "deepspeed.module_inject.auto_ep"
 _AUTOEP = "deepspeed.module_inject.auto_ep_layer"
 _PRESETS = "deepspeed.module_inject.auto_ep_presets.registry"
 _GROUPS = "deepspeed.utils.groups"
+_EXPERTS = "deepspeed.moe.ep_experts"
+_BF16 = "deepspeed.runtime.bf16_optimizer"
 
 SEAMS = (
     # --- transformers: methods of Trainer that are overridden, and have to be called
@@ -481,6 +483,50 @@ SEAMS = (
         attributes=("gate", "top_k", "route_norm", "route_scale", "e_score_correction_bias"),
     ),
     Seam(
+        name=f"{_AUTOEP}:AutoEPMoELayer._forward",
+        ours="engine/fused/layer.py",
+        lost="fused kernels: the layers run DeepSpeed's own",
+        called_in=_AUTOEP,
+    ),
+    Seam(
+        name=f"{_AUTOEP}:AutoEPMoELayer._finalize_output",
+        ours="engine/fused/layer.py",
+        lost="fused kernels: shared experts and router logits",
+        parameters=("output", "x", "hidden_states", "hdim"),
+    ),
+    Seam(
+        name=f"{_AUTOEP}:AutoEPMoELayer",
+        ours="engine/fused/layer.py",
+        lost="fused kernels, or the load counters and the selection bias under them",
+        attributes=(
+            "ep_size", "ep_rank", "ep_group", "num_experts", "num_local_experts", "top_k", "score_apply",
+            "comm_backend", "folding_group_handles", "tokens_per_expert", "expert_bias",
+        ),
+    ),
+    Seam(
+        name=f"{_AUTOEP}:compute_split_plan",
+        ours="engine/fused/layer.py",
+        lost="fused kernels over an all-to-all",
+        parameters=(
+            "selected_experts", "num_experts", "ep_size", "num_local_experts", "ep_group", "num_tokens_per_expert",
+        ),
+    ),
+    Seam(
+        name="deepspeed.moe.ep_experts:GroupedExperts",
+        ours="engine/fused/experts.py",
+        lost="fused kernels",
+        attributes=("w1", "w2", "w3", "activation", "use_triton_grouped_mm"),
+    ),
+    Seam(
+        name="deepspeed.moe.ep_router:TokenChoiceTopKRouter",
+        ours="engine/fused/router.py",
+        lost="fused kernels: the router in one kernel",
+        attributes=(
+            "gate", "top_k", "num_experts", "num_expert_groups", "score_func", "route_norm", "route_scale",
+            "e_score_correction_bias",
+        ),
+    ),
+    Seam(
         name=f"{_PRESETS}:_PRESET_ADAPTERS",
         ours="engine/autoep.py",
         lost="the auxiliary loss of OLMoE and Qwen3.5 under AutoEP",
@@ -591,6 +637,74 @@ SEAMS = (
         ours="checkpoint/reading.py",
         lost="dense tensors stay on disk",
         attributes=("_parameters", "_buffers"),
+    ),
+    # --- adapters: PEFT's wrappers, AutoEP's blocks, and what DeepSpeed does with frozen experts
+    Seam(
+        name="peft.tuners.lora.layer:ParamWrapper",
+        ours="engine/lora.py",
+        lost="experts under AutoEP stay frozen with --use_peft",
+        attributes=("parameter_name", "num_experts", "scaling", "base_layer", "lora_A", "lora_B"),
+    ),
+    Seam(
+        name="peft.tuners.lora.layer:ParamWrapper.get_delta_factors",
+        ours="checkpoint/adapter.py",
+        lost="the factors of experts in an adapter's folder are not compared with the trained ones",
+        parameters=("adapter_name",),
+    ),
+    Seam(
+        name=f"{_AUTOEP}:AutoEPMoELayer.__init__",
+        ours="engine/lora.py",
+        lost="adapters on experts are not trained",
+        parameters=("spec", "source_module", "ep_size", "ep_rank"),
+    ),
+    Seam(
+        name=f"{_AUTOEP}:AutoEPMoELayer",
+        ours="engine/lora.py",
+        lost="adapters on experts are not trained",
+        called_in="deepspeed.module_inject.auto_ep",
+        attributes=("num_local_experts",),
+    ),
+    Seam(
+        name=f"{_AUTOEP}:collect_replacement_sources",
+        ours="engine/lora.py",
+        lost="adapters on experts are not trained",
+        parameters=("source_module", "replacement"),
+        called_in="deepspeed.module_inject.auto_ep",
+    ),
+    Seam(
+        name=f"{_EXPERTS}:GroupedExperts",
+        ours="engine/lora_experts.py",
+        lost="adapters on experts are not applied",
+        attributes=("w1", "w2", "w3", "use_grouped_mm", "use_triton_grouped_mm", "gate_up_impl", "activation"),
+    ),
+    Seam(
+        name=f"{_EXPERTS}:apply_expert_activation",
+        ours="engine/lora_experts.py",
+        lost="adapted experts compute another activation",
+        parameters=("gate", "up", "activation", "alpha", "limit", "fused"),
+    ),
+    Seam(
+        name=f"{_ZERO12}:DeepSpeedZeroOptimizer._configure_moe_settings",
+        ours="engine/lora.py",
+        lost="adapters on attention alone do not start with AutoEP",
+        called_in=_ZERO12,
+    ),
+    Seam(
+        name=f"{_BF16}:BF16_Optimizer._configure_moe_settings",
+        ours="engine/lora.py",
+        lost="adapters on attention alone do not start with AutoEP",
+        called_in=_BF16,
+    ),
+    Seam(
+        name=f"{_ZERO12}:DeepSpeedZeroOptimizer.update_lp_params",
+        ours="engine/lora.py",
+        lost="a resumed run computes its first step with the adapters of rank 0's experts on every rank",
+    ),
+    Seam(
+        name="deepspeed.runtime.engine:DeepSpeedEngine",
+        ours="engine/lora.py",
+        lost="every checkpoint of an adapter holds all frozen experts",
+        attributes=("has_moe_layers",),
     ),
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import psutil
@@ -40,6 +40,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_FOR_RANK_0 = 2.0
 """How long another rank leaves it to rank 0 to report that the run ends."""
+SECONDS_FOR_A_SIGNAL = 5.0
+"""How long a rank that lost another one waits to be told why, before it reports that as an error."""
+LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
+"""In what torch raises from a collective when another rank is gone."""
 LAUNCHERS = (
     "deepspeed.launcher.launch", "deepspeed.launcher.runner", "deepspeed/launcher/", "bin/deepspeed", "bin/torchrun",
     "torch.distributed.run", "torch.distributed.launch", "bin/accelerate", "accelerate.commands.launch",
@@ -243,6 +247,21 @@ def listen() -> None:
     global _ear
     if _ear is None:
         _ear = _Ear()
+        sys.excepthook = _quiet_if_told
+
+
+def _quiet_if_told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In place of ``sys.excepthook``: a rank whose collective failed because another has ended, as told, ends so too.
+
+    Its own signal may still be on the way: the launcher sends it when it sees that the other has ended.
+    """
+    if _ear is not None and any(words in str(error) for words in LOST_A_PEER):
+        deadline = time.monotonic() + SECONDS_FOR_A_SIGNAL
+        while not _ear.reason and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if _ear.reason:
+            time.sleep(SECONDS_FOR_A_SIGNAL)  # the thread ends this process
+    sys.__excepthook__(kind, error, trace)
 
 
 @contextmanager

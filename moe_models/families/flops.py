@@ -10,15 +10,21 @@ from __future__ import annotations
 from functools import lru_cache
 from math import prod
 
+from moe_models.families.adapters import AdapterSizes
 from moe_models.families.sizes import ModelSizes
 
 PER_WEIGHT = 6.0
 """FLOP of one token for each weight of a matrix: 2 in the forward pass, 4 in the backward pass."""
 
+PER_FROZEN_WEIGHT = 4.0
+"""The same for a weight that is not trained: no gradient of it is made."""
+
 
 @lru_cache(maxsize=64)
-def train_flops(sizes: ModelSizes, length: int) -> tuple[float, float]:
+def train_flops(sizes: ModelSizes, length: int, adapter: AdapterSizes | None = None) -> tuple[float, float]:
     """FLOP of the forward and backward pass for one token in a sequence of ``length``: (outside the experts, in them).
+
+    With an ``adapter`` only that is trained.
 
     The embedding is a lookup and costs nothing; the head is a matrix product and counts, also where the two are tied.
     """
@@ -40,4 +46,12 @@ def train_flops(sizes: ModelSizes, length: int) -> tuple[float, float]:
     # 4. The experts that one token passes through.
     experts = sizes.moe_layers * sizes.top_k * sizes.expert_size
 
-    return PER_WEIGHT * (matrices + attention), PER_WEIGHT * experts
+    if adapter is None:
+        return PER_WEIGHT * (matrices + attention), PER_WEIGHT * experts
+
+    # 4. With an adapter: the frozen weights, and the factors beside them.
+    dense_factors = sum(adapter.dense)
+    expert_factors = sizes.moe_layers * sizes.top_k * sum(adapter.expert)
+    outside = PER_FROZEN_WEIGHT * matrices + PER_WEIGHT * (attention + dense_factors)
+    inside = PER_FROZEN_WEIGHT * experts + PER_WEIGHT * expert_factors
+    return outside, inside

@@ -251,6 +251,11 @@ class Family:
     """Whether the auxiliary loss can pool the layers: not where they may differ in their number of experts."""
     counts_flops: bool = True
     """Whether sizes and FLOP follow from config.json (``sizes.py`` describes models whose MoE layers are all alike)."""
+    mlp_adapters: bool = False
+    """Whether an adapter can be put on dense MLPs and shared experts; of other families PEFT 0.21 takes their names for
+    those of the experts, and adapts these instead."""
+    per_expert_adapters: bool = False
+    """Whether PEFT 0.21 reads an adapter with a pair of factors for each expert's matrix; of others it drops them."""
     fp32_scores: bool = False
     """Whether the HF router hands out its weights in fp32, so that the weighted sum of a bf16 model is fp32 too."""
     liger_kernels: bool = False
@@ -267,6 +272,8 @@ class Family:
     """Why ``deepspeed.moe.layer.MoE`` cannot compute its blocks, whatever config.json says."""
     no_tensor_parallel: str | None = None
     """Why AutoTP cannot split its attention."""
+    no_adapters: str | None = None
+    """Why ``--use_peft`` cannot train an adapter of it."""
     no_sequence_parallel: str | None = None
     """Why Ulysses cannot exchange its heads."""
 
@@ -385,6 +392,7 @@ _STACKED = {"gate_up": "experts.gate_up_proj", "down": "experts.down_proj"}
 _NOT_COMPARED = "its attention was not compared with Hugging Face's there"
 _WHOLE_SEQUENCES = "its layers without attention need whole sequences, which Ulysses gives to attention only"
 _NO_PLAN = "AutoTP has no plan for its layers without attention"
+_NO_ADAPTERS = "its adapters were not compared with PEFT's own training there"
 _SIGMOID = "the layer has no sigmoid scores and expert groups"
 _TWO_WIDTHS = "Ulysses exchanges heads of one width, and the queries and values of latent attention have two"
 
@@ -399,6 +407,7 @@ FAMILIES: dict[str, Family] = {
             hub_block="block_sparse_moe",
             hub_expert_names=_MIXTRAL_NAMES,
             dense_sources=("llama", "mistral"),
+            per_expert_adapters=True,
             fp32_scores=True,
             liger_kernels=True,
             autoep_preset="mixtral",
@@ -412,6 +421,7 @@ FAMILIES: dict[str, Family] = {
             shared=_QWEN_SHARED,
             attention=Attention(bias_key="qkv_bias", bias_default=True),
             dense_sources=("qwen2",),
+            mlp_adapters=True,
             autoep_preset="qwen3_moe",
         ),
         Family(
@@ -422,6 +432,7 @@ FAMILIES: dict[str, Family] = {
             router=Router(normalise="norm_topk_prob"),
             attention=Attention(bias_key="attention_bias", output_bias=True, norms="each head"),
             dense_sources=("qwen3",),
+            per_expert_adapters=True,
             liger_kernels=True,
             autoep_preset="qwen3_moe",
         ),
@@ -431,6 +442,7 @@ FAMILIES: dict[str, Family] = {
             expert_size_key="intermediate_size",
             router=Router(normalise="norm_topk_prob"),
             attention=Attention(bias_key="attention_bias", output_bias=True, norms="all heads"),
+            per_expert_adapters=True,
             autoep_preset="olmoe",
             own_preset="Olmoe",
             no_tensor_parallel="it normalises queries and keys over all heads together, and a peer has only its own",
@@ -550,6 +562,7 @@ FAMILIES: dict[str, Family] = {
             autoep_preset="qwen3_next",
             own_preset="Qwen3Next",
             no_tensor_parallel=_NO_PLAN,
+            no_adapters=_NO_ADAPTERS,
             no_sequence_parallel=_WHOLE_SEQUENCES,
         ),
         Family(
@@ -569,6 +582,7 @@ FAMILIES: dict[str, Family] = {
             autoep_preset="qwen3_5_moe",
             own_preset="Qwen3_5Moe",
             no_tensor_parallel=_NO_PLAN,
+            no_adapters=_NO_ADAPTERS,
             no_sequence_parallel=_WHOLE_SEQUENCES,
         ),
         Family(
@@ -587,6 +601,7 @@ FAMILIES: dict[str, Family] = {
             own_preset="MiniMaxM2",
             no_native_layers="the layer has no sigmoid scores",
             no_tensor_parallel="it normalises queries and keys over all heads together, and a peer has only its own",
+            no_adapters=_NO_ADAPTERS,
             no_sequence_parallel=_NOT_COMPARED,
         ),
         Family(
@@ -602,8 +617,9 @@ FAMILIES: dict[str, Family] = {
             attention=Attention(bias_key="attention_bias", output_bias=True),
             autoep_preset="granitemoe",
             own_preset="GraniteMoe",
-            no_native_layers="its router answers in another order than the layer's other families",
+            no_native_layers="its router has another name and answers in another order than the layer expects",
             no_tensor_parallel=_NOT_COMPARED,
+            no_adapters=_NO_ADAPTERS,
             no_sequence_parallel=_NOT_COMPARED,
         ),
         Family(
@@ -632,6 +648,7 @@ FAMILIES: dict[str, Family] = {
             own_preset="Lfm2Moe",
             no_native_layers="the layer has no sigmoid scores",
             no_tensor_parallel=_NO_PLAN,
+            no_adapters=_NO_ADAPTERS,
             no_sequence_parallel=_WHOLE_SEQUENCES,
         ),
         Family(

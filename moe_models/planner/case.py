@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import log, sqrt
 from typing import Any, Literal
 
 from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import Layout
 from moe_models.config.work import Work
+from moe_models.families.adapters import AdapterSizes
 from moe_models.families.model import Model
 from moe_models.families.sizes import ModelSizes
 from moe_models.planner.zero_states import ZeroStates
@@ -47,6 +49,8 @@ class Case:
     """Whether the model's files are safetensors, of which a rank can read a part."""
     one_pass_norm: bool = True
     """MoETrainer's gradient norm under ZeRO 1 and 2 (``engine/grad_norm.py``); False for DeepSpeed's own."""
+    adapter: AdapterSizes | None = None
+    """What is trained instead of all weights; the model is frozen then."""
 
     @classmethod
     def of(cls, ds: DsConfig, model: Model, world_size: int, work: Work, gpus_per_node: int, **more: Any) -> Case:
@@ -70,6 +74,13 @@ class Case:
     def sizes(self) -> ModelSizes:
         """The model's sizes."""
         return self.model.sizes
+
+    @cached_property
+    def trained(self) -> ZeroStates:
+        """What ZeRO keeps of what one rank trains: of its parameters, or of its adapter."""
+        if self.adapter is None:
+            return self.states
+        return ZeroStates(ds=self.ds, sizes=self.sizes, layout=self.layout, adapter=self.adapter)
 
     @property
     def spread(self) -> bool:

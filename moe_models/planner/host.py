@@ -85,6 +85,8 @@ def host_needs(case: Case) -> Host:
 
     # 2. To export. What was offloaded is still there.
     writing = min(SHARD, export_bytes(case)) + max(_stacked(case), _largest_dense(case))
+    if case.adapter is not None:
+        writing = 2 * adapter_bytes(case)
     exporting = max(writing, proof_bytes(case))
     return Host(
         read=processes + reading,
@@ -108,6 +110,14 @@ def model_bytes(case: Case) -> int:
 def export_bytes(case: Case) -> int:
     """The exported folder, in the dtype of the training."""
     return (case.sizes.dense_params + case.sizes.expert_params) * case.work.element_bytes
+
+
+def adapter_bytes(case: Case) -> int:
+    """The exported adapter, in the dtype of the training; 0 where all weights are trained."""
+    if case.adapter is None:
+        return 0
+    of_experts = case.sizes.moe_layers * case.sizes.num_experts * sum(case.adapter.expert)
+    return (sum(case.adapter.dense) + of_experts) * case.work.element_bytes
 
 
 def stored_element(case: Case) -> int:
@@ -190,7 +200,7 @@ def _largest_dense(case: Case) -> int:
 
 def offloaded_bytes(case: Case) -> int:
     """Pinned host memory of one rank: what ZeRO-Offload moved there, or the buffers on its way to NVMe."""
-    partition = case.states.partition
+    partition = case.trained.partition
     held = 0
 
     # 1. The optimizer: fp32 weights and two moments, fp32 gradients and a bf16 staging copy. On NVMe, buffers for a
@@ -251,8 +261,12 @@ def checkpoint_bytes(case: Case) -> int:
     ZeRO-3 writes no weights beside the fp32 ones. Tensor-parallel peers each write what is not split. Padding, the
     tokenizer and the rest are left out: some 20 kB for each file.
     """
-    states = case.states
+    states = case.trained
     optimizer = states.partition * case.layout.world_size * ADAM
+    if case.adapter is not None:
+        file = adapter_bytes(case)
+        of_rank_0 = 0 if case.ds.zero_stage == 3 else states.elements * case.work.element_bytes
+        return optimizer + file + of_rank_0
     if case.ds.zero_stage == 3:
         return optimizer
     weights = states.share.dense * case.layout.tp_size + states.share.expert * case.layout.ep_size

@@ -99,7 +99,10 @@ def saved_by_layer(case: Case) -> Saved:
     row = case.rows * sizes.hidden * BF16
     inner = case.rows * sizes.expert_inner * BF16
     inside = 3 if case.spread else 4
-    dispatch = int(with_experts * 2 * row)
+    kept_rows = 2
+    if case.adapter is not None and not case.adapter.gate_up:
+        kept_rows = 1  # a frozen weight needs no input for its gradient
+    dispatch = int(with_experts * kept_rows * row)
     experts = int(with_experts * inside * inner)
 
     # 3. The backward pass on top of that. Combine needs fp32 products of rows and scores, and their gradients. That of
@@ -109,7 +112,10 @@ def saved_by_layer(case: Case) -> Saved:
     freed = dense + dispatch + experts
     if case.work.recompute:
         freed = 0
-    transient = max(combine - freed, row + 2 * inner)
+    inner_gradients = 2
+    if case.adapter is not None and case.adapter.gate_up:
+        inner_gradients = 4  # what the factors add to gate and up has gradients of its own
+    transient = max(combine - freed, row + inner_gradients * inner)
 
     # 4. What a rank with fuller experts has more of.
     rows = 0
@@ -191,7 +197,7 @@ def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
     """
     ds = case.ds
     sizes = case.sizes
-    states = case.states
+    states = case.trained
     work = case.work
     stage = ds.zero_stage
 
@@ -215,7 +221,7 @@ def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
         of_a_layer = sum(states.layer_expert_tensors) * BF16
     else:
         of_a_layer = max((*states.dense_tensors, *states.expert_tensors)) * BF16
-    of_the_head = sizes.head_params * BF16
+    of_the_head = sizes.head_params * BF16 if case.adapter is None else 0
 
     # 3. Saved tensors. Checkpointing keeps the input of each layer, and all of the one layer that is recomputed.
     hidden_states = case.tokens * sizes.hidden * BF16
@@ -283,9 +289,10 @@ def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
 def _weights(case: Case) -> int:
     """bf16 weights on the GPU: all of the rank's, or under ZeRO-3 its partition and what is gathered."""
     states = case.states
+    factors = case.trained.elements if case.adapter is not None else 0
     if states.stage < 3:
-        return states.elements * BF16
-    elements = _gathered(case)
+        return (states.elements + factors) * BF16
+    elements = _gathered(case) + factors
     if "weights" not in case.ds.offloaded:
         elements += states.partition
     return elements * BF16
@@ -317,7 +324,7 @@ def _gathered(case: Case) -> int:
 
 def _gradients(case: Case) -> Gradients:
     """Bytes of the gradients that ZeRO keeps; those that the backward pass is making come on top."""
-    states = case.states
+    states = case.trained
     offload = "optimizer" in case.ds.offloaded
     several = case.work.accumulation > 1
 
@@ -357,4 +364,5 @@ def _logits(case: Case, hidden_states: int) -> AtLoss:
     # Tile by tile, gradients summed in fp32: the hidden states' gradient in fp32 and bf16 with a copy of them, the
     # head's gradient in fp32 and bf16, two tiles.
     tile = min(case.tokens, LOSS_TOKENS) * LOSS_WORDS * FP32
-    return AtLoss(during=4 * hidden_states + head * (FP32 + BF16) + 2 * tile, after=0)
+    of_the_head = head * (FP32 + BF16) if case.adapter is None else 0
+    return AtLoss(during=4 * hidden_states + of_the_head + 2 * tile, after=0)

@@ -45,7 +45,7 @@ class Prediction:
     @property
     def flops(self) -> float:
         """FLOP that the mathematics of these tokens asks for."""
-        for_a_token = sum(train_flops(self.case.sizes, self.case.work.length))
+        for_a_token = sum(train_flops(self.case.sizes, self.case.work.length, self.case.adapter))
         return self.tokens * for_a_token
 
     @property

@@ -17,11 +17,13 @@ from moe_models.config.layout import divisors
 from moe_models.config.moe_section import Moe
 from moe_models.config.work import Work
 from moe_models.errors import UserError
+from moe_models.families.adapters import AdapterSizes
 from moe_models.families.model import Model
 from moe_models.planner.case import Case
 from moe_models.planner.devices import GIB, Device
 from moe_models.planner.memory import memory_moments
 from moe_models.planner.predict import Prediction, predict
+from moe_models.preflight.adapters import adapter_layout_problems
 from moe_models.preflight.flags import length_problems
 from moe_models.preflight.run import check_run
 
@@ -68,6 +70,16 @@ class Request:
     """Host memory of one node."""
     safetensors: bool = True
     """Whether the model's files are safetensors."""
+    adapter: AdapterSizes | None = None
+    """What is trained instead of all weights."""
+
+    def refused(self, ds: DsConfig, *, recompute: bool) -> list[str]:
+        """Why a layout cannot train this, by the preflight."""
+        problems = check_run(ds, self.model.config, self.gpus)
+        if self.adapter is not None:
+            on_experts = bool(self.adapter.expert)
+            problems += adapter_layout_problems(ds, on_experts=on_experts, recompute=recompute)
+        return problems
 
     def case(self, ds: DsConfig, work: Work) -> Case:
         """One layout with one batch for this request."""
@@ -80,6 +92,7 @@ class Request:
             skew=self.skew,
             liger=self.liger,
             safetensors=self.safetensors,
+            adapter=self.adapter,
         )
 
 
@@ -212,7 +225,7 @@ def search(request: Request) -> list[Plan]:
     for candidate in layouts(request):
         for offload in offloads(candidate.stage):
             ds = build(*candidate, offload)
-            wrong = check_run(ds, request.model.config, request.gpus)
+            wrong = request.refused(ds, recompute=False)
             if wrong:
                 refused += wrong
                 continue
@@ -278,6 +291,8 @@ def _best_batch(request: Request, ds: DsConfig, offload: Offload) -> Plan | None
     first = request.case(ds, Work(micro_batch=1, length=request.length))
     plans: list[Plan] = []
     for recompute in (False, True):
+        if recompute and request.adapter is not None and ds.zero_stage == 3:
+            continue  # the preflight refuses it
         for micro_batch in micro_batches:
             work = Work(
                 micro_batch=micro_batch,
@@ -375,7 +390,7 @@ def frugal(request: Request) -> Plan | None:
             moments = memory_moments(case, reserved_gib=request.device.reserved_gib)
             if max(moment.needed for moment in moments) > request.device.usable_gib * GIB:
                 continue  # before the preflight, which takes longer
-            if check_run(ds, request.model.config, request.gpus):
+            if request.refused(ds, recompute=True):
                 continue
             plan = evaluate(request, case, offload)
             if plan.fits:

@@ -38,20 +38,33 @@ def share_of_one_rank(ds: DsConfig, sizes: ModelSizes, layout: Layout) -> Share:
     return Share(dense=dense + sizes.expert_params, replicated=replicated + sizes.expert_params, expert=0)
 
 
-def state_bytes(ds: DsConfig, sizes: ModelSizes, layout: Layout, element_bytes: int) -> dict[str, int]:
+def state_bytes(
+    ds: DsConfig, sizes: ModelSizes, layout: Layout, element_bytes: int, trained: Share | None = None
+) -> dict[str, int]:
     """Bytes of weights, gradients and AdamW states on one rank, without activations and buffers.
 
     Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054): stage 1 shards optimizer states, 2 gradients too, 3 weights too.
     The dense part is sharded over all ranks but tensor-parallel peers, experts over the ranks that hold the same.
     AdamW keeps two fp32 moments and, for 16-bit weights, an fp32 copy. What ``ds.offloaded`` names is in host memory.
+
+    ``trained``: of an adapter beside the frozen weights; None where all weights are trained.
     """
     share = share_of_one_rank(ds, sizes, layout)
     adam = 8 if element_bytes == 4 else 12
     kinds = (("weights", element_bytes, 3), ("gradients", element_bytes, 2), ("optimizer", adam, 1))
     held: dict[str, int] = {}
     for name, bytes_each, first_stage in kinds:
-        dense = share.dense * bytes_each
-        experts = share.expert * bytes_each
+        counted = share
+        if trained is not None and name == "weights":
+            counted = Share(
+                dense=share.dense + trained.dense,
+                replicated=share.replicated + trained.replicated,
+                expert=share.expert + trained.expert,
+            )
+        elif trained is not None:
+            counted = trained
+        dense = counted.dense * bytes_each
+        experts = counted.expert * bytes_each
         if ds.zero_stage >= first_stage:
             dense //= layout.zero_size
             experts //= layout.edp_size

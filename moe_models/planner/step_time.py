@@ -146,7 +146,7 @@ def _compute(case: Case, device: Device) -> float:
     again = case.work.compute_factor
     load = case.fullest_rank
     rate = device.matmul_tflops * 1e12
-    dense_flops, expert_flops = train_flops(sizes, case.work.length)
+    dense_flops, expert_flops = train_flops(sizes, case.work.length, case.adapter)
     logits = tokens * sizes.vocabulary
 
     # 1. DeepSpeed's timer.
@@ -163,7 +163,7 @@ def _compute(case: Case, device: Device) -> float:
     # 4. Memory-bound kernels, in bytes: norms and RoPE, the experts' rows and activations, logits.
     moved: float = tokens * _normed_elements(sizes) * NORM_BYTES[case.liger]
     row_bytes = sizes.hidden * ROW_BYTES[_combine_kind(case)] + load * sizes.expert_inner * INNER_BYTES[case.spread]
-    moved += case.rows * sizes.moe_layers * row_bytes
+    moved += case.rows * sizes.moe_layers * (row_bytes + load * _factor_bytes(case))
     logit_bytes = logits * LOGIT_BYTES[case.tiled_loss]
     seconds += (again * moved + logit_bytes) / (device.memory_gb_per_s * 1e9)
 
@@ -173,6 +173,25 @@ def _compute(case: Case, device: Device) -> float:
 
     # 6. Time in which the GPU has nothing to do.
     return seconds + again * LAYER_SECONDS[case.spread] * sizes.layers
+
+
+def _factor_bytes(case: Case) -> int:
+    """Bytes for each row of an adapted expert: what its factors read and write beside the frozen products.
+
+    They are too thin for the matrix units, so that the memory limits them: the input is read, the addend written, then
+    read and added, forward and (with two gradients) backward.
+    """
+    adapter = case.adapter
+    if adapter is None:
+        return 0
+    hidden = case.sizes.hidden
+    inner = case.sizes.expert_inner
+    elements = 0
+    if adapter.gate_up:
+        elements += 3 * hidden + 3 * 4 * 2 * inner
+    if adapter.down:
+        elements += 3 * inner + 3 * 4 * hidden
+    return BF16 * elements
 
 
 def _combine_kind(case: Case) -> str:
@@ -280,7 +299,7 @@ def _optimizer(case: Case, device: Device) -> float:
         for_each += OWN_NORM_BYTES
     if case.ds.zero_stage < 3 and case.ds.value("bf16", "check_grad_overflow", True):
         for_each += CHECK_BYTES
-    return case.states.partition * for_each / (device.memory_gb_per_s * 1e9)
+    return case.trained.partition * for_each / (device.memory_gb_per_s * 1e9)
 
 
 def _norm_in_one_pass(case: Case) -> bool:
@@ -294,7 +313,7 @@ def _norm_in_one_pass(case: Case) -> bool:
 
 def _optimizer_on_host(case: Case, device: Device) -> float:
     """Gradients to the host, AdamW there, updated weights back; nothing of it runs beside the compute."""
-    partition = case.states.partition
+    partition = case.trained.partition
     to_host = case.work.accumulation if case.states.stage > 1 else 1  # ZeRO 2 and 3 move them after each pass
     to_gpu = 0 if "weights" in case.ds.offloaded else 1  # offloaded weights are fetched as they are needed
     moved = partition * BF16 * (to_host + to_gpu)

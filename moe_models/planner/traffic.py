@@ -21,9 +21,11 @@ from math import prod
 from typing import Literal, NamedTuple
 
 from moe_models.config.layout import Groups, Layout
+from moe_models.config.moe_section import resolve_dispatch
 from moe_models.config.tp_plan import kind_of, layer_specs
 from moe_models.planner.case import Case
 from moe_models.planner.zero_states import FP32
+from moe_models.preflight.fused import experts_per_token
 
 Collective = Literal["all-to-all", "all-reduce", "all-gather", "reduce-scatter"]
 Group = Literal["EP", "EDP", "DP", "TP", "SP"]
@@ -135,12 +137,57 @@ def _expert_rows(case: Case) -> Iterator[Payload]:
     if not case.spread:
         return
     work = case.work
+    if case.ds.moe.kernels == "fused":
+        yield from _fused_rows(case)
+        return
     one_way = _dispatched_rows(case) * case.sizes.hidden * work.element_bytes * case.sizes.moe_layers
     there_and_back = 2 * one_way * work.accumulation
     yield Payload("dispatch, combine: forward", "all-to-all", "EP", there_and_back)
     yield Payload("dispatch, combine: backward", "all-to-all", "EP", there_and_back)
     if work.recompute:
         yield Payload("dispatch, combine: recomputed", "all-to-all", "EP", there_and_back)
+
+
+def _fused_rows(case: Case) -> Iterator[Payload]:
+    """The same in our fused layers (``engine/fused/exchange.py``), with the scores that go along.
+
+    Choices, which are integers, are left out. Scores are fp32 whatever the model is.
+    """
+    sizes = case.sizes
+    work = case.work
+    ep_size = case.layout.ep_size
+    top_k = experts_per_token(case.ds, case.model.config)
+    gathers = resolve_dispatch(case.ds.moe.dispatch, ep_size, top_k) == "all_gather"
+
+    # 1. One way, of all layers in one pass. A gather hands out the tokens of all ranks, an all-to-all a row for each
+    #    choice.
+    tokens = case.tokens * sizes.moe_layers
+    scores = tokens * top_k * FP32
+    if gathers:
+        rows = tokens * ep_size * sizes.hidden * work.element_bytes
+        scores *= ep_size
+    else:
+        rows = tokens * top_k * sizes.hidden * work.element_bytes
+
+    # 2. There with the scores, and back; the backward pass goes the other way round.
+    passes = ["forward", "backward"]
+    if work.recompute:
+        passes.append("recomputed")
+    for name in passes:
+        what = f"dispatch, combine: {name}"
+        if not gathers:
+            yield Payload(what, "all-to-all", "EP", (2 * rows + scores) * work.accumulation)
+            continue
+        gathered = rows
+        scattered = rows
+        if name == "backward":
+            scattered += scores
+        else:
+            gathered += scores
+        if name == "recomputed" and case.model.family.shared is None:
+            scattered = 0  # recomputation ends at the last tensor that the gradient needs, which is before
+        yield Payload(what, "all-gather", "EP", gathered * work.accumulation)
+        yield Payload(what, "reduce-scatter", "EP", scattered * work.accumulation)
 
 
 def _dispatched_rows(case: Case) -> int:
@@ -174,7 +221,7 @@ def _gradients(case: Case) -> Iterator[Payload]:
     Stages 1 and 2 all-reduce whole buckets and each rank keeps its part; stage 3 reduce-scatters. In fp32 under
     sequence parallelism.
     """
-    share = case.states.share
+    share = case.trained.share
     element = FP32 if case.layout.sp_size > 1 else case.work.element_bytes
     kind: Collective = "reduce-scatter" if case.ds.zero_stage == 3 else "all-reduce"
     times = _reductions(case)
@@ -189,7 +236,7 @@ def _weights(case: Case) -> Iterator[Payload]:
     computed. Stage 3: see :func:`_sharded_weights`.
     """
     if case.ds.zero_stage in (1, 2):
-        share = case.states.share
+        share = case.trained.share
         element = case.work.element_bytes
         yield Payload("updated weights, dense part", "all-gather", "DP", share.dense * element)
         yield Payload("updated weights, experts", "all-gather", "EDP", share.expert * element)

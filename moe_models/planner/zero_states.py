@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import Layout
+from moe_models.families.adapters import AdapterSizes
 from moe_models.families.sizes import ModelSizes
 from moe_models.planner.shares import Share, share_of_one_rank
 
@@ -33,7 +34,7 @@ def overlaps(tensors: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     ZeRO 1 and 2 lay the tensors end to end and cut at equal lengths; a gradient that a cut divides is kept whole on
     both sides (``stage_1_and_2.py``: copy_grads_in_partition).
     """
-    partition = ceil(sum(tensors) / ranks)
+    partition = max(1, ceil(sum(tensors) / ranks))
     held = [0] * ranks
     start = 0
     for numel in tensors:
@@ -71,7 +72,7 @@ class OptimizerGroup(NamedTuple):
     @property
     def largest_piece(self) -> int:
         """Elements of the largest tensor in one partition, as far as it is in it."""
-        return min(max(self.tensors), self.partition)
+        return min(max(self.tensors, default=0), self.partition)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +82,8 @@ class ZeroStates:
     ds: DsConfig
     sizes: ModelSizes
     layout: Layout
+    adapter: AdapterSizes | None = None
+    """If given, what is counted is the adapter, not the model."""
 
     @property
     def stage(self) -> int:
@@ -95,7 +98,13 @@ class ZeroStates:
     @cached_property
     def share(self) -> Share:
         """Elements of this rank before ZeRO shards anything, by kind."""
-        return share_of_one_rank(self.ds, self.sizes, self.layout)
+        if self.adapter is None:
+            return share_of_one_rank(self.ds, self.sizes, self.layout)
+        dense = sum(self.adapter.dense)
+        experts = sum(self.expert_tensors)
+        if self.spread:
+            return Share(dense=dense, replicated=dense, expert=experts)
+        return Share(dense=dense + experts, replicated=dense + experts, expert=0)
 
     @property
     def elements(self) -> int:
@@ -120,6 +129,9 @@ class ZeroStates:
     @cached_property
     def layer_expert_tensors(self) -> tuple[int, ...]:
         """Elements of each expert tensor of one MoE layer."""
+        if self.adapter is not None:
+            held = self.sizes.num_experts // self.layout.ep_size if self.spread else self.sizes.num_experts
+            return tuple(held * numel for numel in self.adapter.expert)
         matrix = self.sizes.expert_size // 3  # [F, D]
         if self.spread:
             local = self.sizes.num_experts // self.layout.ep_size
@@ -135,6 +147,8 @@ class ZeroStates:
     @cached_property
     def dense_tensors(self) -> tuple[int, ...]:
         """Elements of each tensor outside the experts, all shrunk alike where tensor parallelism cuts the matrices."""
+        if self.adapter is not None:
+            return self.adapter.dense
         dense = self.share.dense
         if not self.spread:
             dense -= self.sizes.expert_params
@@ -146,7 +160,9 @@ class ZeroStates:
         """The optimizer groups, the dense one first. Weight decay, which splits them further, is left aside."""
         if not self.spread:
             return (OptimizerGroup(self._tensors_in_order(), self.ranks),)
-        experts = expert_groups(self.expert_tensors[0], len(self.expert_tensors))
+        if not self.expert_tensors:  # an adapter on attention alone
+            return (OptimizerGroup(self.dense_tensors, self.ranks),)
+        experts = expert_groups(max(self.expert_tensors), len(self.expert_tensors))
         return (
             OptimizerGroup(self.dense_tensors, self.ranks),
             *(OptimizerGroup(tensors, self.copies) for tensors in experts),
@@ -154,6 +170,8 @@ class ZeroStates:
 
     def _tensors_in_order(self) -> tuple[int, ...]:
         """All tensors of the plain model as its class declares them: a block's experts follow its router."""
+        if self.adapter is not None:
+            return (*self.dense_tensors, *self.expert_tensors)
         tensors: list[int] = []
         for (name, _), numel in zip(self.sizes.dense, self.dense_tensors, strict=True):
             tensors.append(numel)
@@ -187,8 +205,8 @@ class ZeroStates:
         """Bytes at the optimizer's step: fp32 gradients and their flat bf16 copy, or an fp64 copy for the norm."""
         # 1. The group that is updated at a time, and the tensor of which the norm takes a copy, both of one rank.
         if self.stage == 3:
-            largest_expert = ceil(max(self.expert_tensors) / self.copies)
-            largest_dense = ceil(max(self.dense_tensors) / self.ranks)
+            largest_expert = ceil(max(self.expert_tensors, default=0) / self.copies)
+            largest_dense = ceil(max(self.dense_tensors, default=0) / self.ranks)
             updated = min(self.partition, SUB_GROUP + largest_expert)  # the tensor that fills a group goes into it
             normed = max(largest_dense, largest_expert)
         else:

@@ -12,6 +12,7 @@ from typing import Any
 
 from moe_models.config.ds_config import DsConfig
 from moe_models.files import parse_size
+from moe_models.preflight.adapters import adapter_problems
 from moe_models.preflight.combinations import muon_clips
 from moe_models.preflight.liger import cannot_run, no_kernels
 from moe_models.preflight.sequence_parallel import sequence_parallel_flags
@@ -27,8 +28,9 @@ def flag_problems(given: Any, model_config: Mapping[str, Any], ds: DsConfig | No
     if given.use_liger_kernel:
         yield from no_kernels(model_config, "--use_liger_kernel")
         yield from cannot_run("--use_liger_kernel", on_gpu=on_gpu)
-    if given.use_peft or given.load_in_4bit or given.load_in_8bit:
-        yield "--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole"
+    if given.load_in_4bit or given.load_in_8bit:
+        yield "--load_in_4bit, --load_in_8bit: not supported; weights are held in the precision of the JSON"
+    yield from adapter_problems(given, model_config, ds)
     if given.trust_remote_code:
         yield (
             "--trust_remote_code: not supported; every family of this recipe is part of transformers or of this package"

@@ -4,8 +4,8 @@ DeepSpeed makes most of these checks too, but inside ``deepspeed.initialize``: o
 time, after the model was loaded. Each line here names the key, its value, what is allowed and the fix.
 
 One module for each subject: ``combinations`` (sections that exclude each other, whatever the model),
-``expert_parallel``, ``native``, ``tensor_parallel``, ``sequence_parallel``, ``balance``, ``torch_compile``, ``liger``,
-``flags`` and ``paths`` (the command line). ``advice`` has what is only unwise.
+``expert_parallel``, ``fused``, ``native``, ``tensor_parallel``, ``sequence_parallel``, ``balance``, ``torch_compile``,
+``liger``, ``flags`` and ``paths`` (the command line). ``advice`` has what is only unwise.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from moe_models.preflight.combinations import (
     zero_problems,
 )
 from moe_models.preflight.expert_parallel import autoep_model_problems
+from moe_models.preflight.fused import fused_problems
 from moe_models.preflight.native import check_native
 from moe_models.preflight.sequence_parallel import sequence_parallel_problems
 from moe_models.preflight.tensor_parallel import tensor_parallel_problems
@@ -75,6 +76,8 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
         problems += autoep_combination_problems(ds, ds.expert_parallel)
     if ds.moe.layer is not None:
         problems += check_native(ds, ds.moe.layer, model_config, world_size)
+    if ds.moe.kernels == "fused":
+        problems += fused_problems(ds)
 
     # 4. What is installed.
     problems += versions.version_problems(expert_parallel=ds.expert_parallel is not None)

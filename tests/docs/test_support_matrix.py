@@ -75,6 +75,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     "sequence parallelism, native layers": (
         {**native(), "sequence_parallel_size": 2}, "mixtral", {}, "sequence_parallel_size",
     ),
+    "fused kernels without AutoEP": (parity.ds_config(1, None, moe={"kernels": "fused"}), "mixtral", {}, "moe.kernels"),
+    "fused kernels with tensor parallelism": (tensor_parallel(moe={"kernels": "fused"}), "mixtral", {}, "moe.kernels"),
+    "fused kernels with DeepEP": (
+        {
+            **parity.ds_config(1, 2, moe={"kernels": "fused"}),
+            "expert_parallel": {
+                "enabled": True, "autoep_size": 2, "comm_backend": "deepep", "comm_max_tokens_per_rank": 64,
+            },
+        },
+        "mixtral", {}, "moe.kernels",
+    ),
     "Muon with clipping": (
         parity.ds_config(1, 2, gradient_clipping=1.0, optimizer={"type": "Muon", "params": {"lr": 1e-3}}), "mixtral",
         {}, "Muon",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from moe_models.engine import autoep, same_function
-from tests.support import parity
+from tests.support import adapters, parity
 from tests.support.cluster import Cluster
 from tests.support.tiny import TINY
 
@@ -139,9 +140,11 @@ def told(model: Any, paths: list[str], keys: dict[str, Any], planted: str = "", 
 
 def with_faults(dtype: str) -> dict[str, str]:
     """Fault -> what the check says; "" -> of the same families without one. On every rank."""
+    from moe_models.engine.library_globals import forget_engines
     from moe_models.families.table import FAMILIES, moe_blocks
     from tests.support.tiny import make_model
 
+    forget_engines()  # or the first model would be cut as the ZeRO-3 of an earlier test asked for
     found = {}
     for planted, model_type in [*FAULTS.items(), *((name, name) for name in FAULTS.values())]:
         model = make_model(model_type).to(getattr(torch, dtype))
@@ -157,6 +160,9 @@ def by_keys() -> dict[str, str]:
     """Family -> what the check says of AutoEP by JSON keys alone. On every rank."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from moe_models.engine.library_globals import forget_engines
+
+    forget_engines()
     found = {}
     for model_type, (config, keys) in WRONG_BY_KEYS.items():
         torch.manual_seed(0)
@@ -221,6 +227,80 @@ def test_a_run_ends_before_its_first_step(
     assert clusters(2).run(*arguments, "none", False)[1] == ["", "", 2]
     kind, message, _ = clusters(2).run(*arguments, "all", True)[1]
     assert kind == "RunError", message
+
+
+def with_an_adapter(source: str, out: str, stage: int, ep_size: int, planted: str) -> str:
+    """What the check says of a run that goes on from an adapter; on every rank."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from moe_models.engine.library_globals import forget_engines
+    from moe_models.engine.lora_experts import AdaptedExperts
+    from moe_models.errors import RunError
+
+    forget_engines()  # or from_pretrained would still build for the ZeRO-3 of an earlier test
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(source), adapters.lora("qwen2_moe", "shared"))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():  # a new one's B is zero, and would hide all that is wrong
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    add, delta = AdaptedExperts.add, AdaptedExperts._delta
+
+    def unscaled(self: Any, name: str, A: Any, B: Any, scaling: float, key: str, **options: Any) -> None:
+        add(self, name, A, B, 1.0, key, **options)
+
+    def nothing(self: Any, name: str, x: Any, product: Any) -> Any:
+        return delta(self, name, x, product) * 0
+
+    owner, name, wrong = {
+        "": (AdaptedExperts, "add", add),
+        "scaling forgotten": (AdaptedExperts, "add", unscaled),
+        "not applied": (AdaptedExperts, "_delta", nothing),
+    }[planted]
+    trainer = parity.build_trainer(source, out, parity.ds_config(stage, ep_size), model=model, max_steps=1)
+    with parity.planted(owner, name, wrong):
+        try:
+            trainer.train()
+        except RunError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.conformance)])
+def test_adapters_are_part_of_the_function(
+    stage: int, clusters: Callable[[int], Cluster], tiny_checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """PEFT's wrappers answer before, AutoEP's experts with their factors after; of attention nothing is asked."""
+    case = (with_an_adapter, str(tiny_checkpoints("qwen2_moe")), str(tmp_path), stage, 2)
+    assert clusters(2).run(*case, "") == ["", ""]
+    for planted in ("scaling forgotten", "not applied"):
+        for found in clusters(2).run(*case, planted):
+            assert "AutoEP made another function of this block" in found, (planted, found)
+
+
+def with_fused_layers(source: str, out: str, planted: bool) -> str:
+    """What the check says of fused layers, one expert of which is lost; on every rank."""
+    from moe_models.engine.fused import rows
+    from moe_models.errors import RunError
+    from tests.training.test_fused import fused_config, without_an_expert
+
+    wrong = partial(without_an_expert, rows.order) if planted else rows.order
+    trainer = parity.build_trainer(source, out, fused_config(1, 2), max_steps=1)
+    with parity.planted(rows, "order", wrong):
+        try:
+            trainer.train()
+        except RunError as error:
+            return str(error)
+    return ""
+
+
+def test_fused_layers_are_asked(
+    clusters: Callable[[int], Cluster], tiny_checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    case = (with_fused_layers, str(tiny_checkpoints("mixtral")), str(tmp_path))
+    assert clusters(2).run(*case, False) == ["", ""]
+    for found in clusters(2).run(*case, True):
+        assert "AutoEP with fused kernels made another function of this block" in found
 
 
 # ----------------------------------------------------------------------------------------------- without processes

@@ -70,7 +70,8 @@ def check_live_run(
     """Same groups; same bytes but for padding. Rows arrive unevenly, so bytes are averaged over the ranks."""
     ds = load_ds_config(path)
     world = cluster.world_size
-    results = cluster.run(trace.traced_step, str(source), str(out), ds.deepspeed, accumulation, recompute)
+    config = {**ds.deepspeed, "moe": ds.raw.get("moe", {})}
+    results = cluster.run(trace.traced_step, str(source), str(out), config, accumulation, recompute)
     layout = ds.layout(world)
     made = {
         "DP": layout.zero_groups(), "EP": layout.ep_groups(), "EDP": layout.edp_groups(), "TP": layout.tp_groups(),

@@ -200,3 +200,18 @@ def test_amounts() -> None:
     assert [check.amount(n) for n in (0, 999, 1000, 1_234_000, 10**9 - 1, 122_400_000_000, 5 * 10**15)] == [
         "0 B", "999 B", "1 kB", "1.23 MB", "1,000 MB", "122 GB", "5,000 TB",
     ]  # fmt: skip
+
+
+def test_an_adapter(run: Any) -> None:
+    """Frozen weights have no gradient and no optimizer state, and are in no checkpoint."""
+    code, out, err = run("zero1_ep2.json", 2, "--use_peft", "--lora_r", "16", width=140)
+    assert (code, err) == (0, "")
+    text = " ".join(out.split())
+    assert "frozen, an adapter of rank 16 is trained (" in text
+    gradients = re.search(r"gradients (\d+) MB", text)
+    assert gradients
+    assert int(gradients[1]) < 300
+    assert re.search(r"disk [\d.]+ GB a checkpoint, \d+ MB the export", text)
+    code, _, err = run("zero3_ep2.json", 2, "--use_peft")
+    assert code == 2
+    assert "--gradient_checkpointing with --use_peft and ZeRO stage 3" in err

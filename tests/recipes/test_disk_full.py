@@ -196,7 +196,7 @@ def train_and_fill(words: list[str], fills: Fills, small: Path) -> tuple[str, st
     try:
         with disk.ends_if_full(small, RunError):
             trainer.train()
-            script["evaluate_and_export"](trainer, ds, eval_rows)
+            script["evaluate_and_export"](trainer, SimpleNamespace(export_merged=False), ds, eval_rows)
     except Exception as error:
         return type(error).__name__, str(error)
     finally:

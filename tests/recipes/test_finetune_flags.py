@@ -95,9 +95,24 @@ FLAG_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "beyond the context": (
         {"max_length": 65}, ["--max_length 65: longer than the model's context; use at most 64"],
     ),
+    "quantised weights": (
+        {"load_in_4bit": True},
+        ["--load_in_4bit, --load_in_8bit: not supported; weights are held in the precision of the JSON"],
+    ),
     "adapters": (
-        {"use_peft": True},
-        ["--use_peft, --load_in_4bit, --load_in_8bit: not supported; all weights are trained whole"],
+        {"use_peft": True, "lora_dropout": 0.1, "use_dora": True, "lora_r": 0},
+        [
+            "--lora_r 0: must be 1 or more",
+            "--use_dora: not built for spread experts; drop it",
+            "--lora_dropout 0.1: PEFT has no dropout for experts; set it to 0, or name modules only (",
+        ],
+    ),
+    "flags of adapters without them": (
+        {"lora_target_modules": "q_proj", "export_merged": True},
+        [
+            "--lora_target_modules: does nothing without --use_peft; add the flag, or drop this one",
+            "--export_merged: does nothing without --use_peft; add the flag, or drop this one",
+        ],
     ),
     "transformers' checkpoint on SIGTERM": (
         {"enable_jit_checkpoint": True},

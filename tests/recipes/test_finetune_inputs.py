@@ -165,7 +165,5 @@ def test_folder_that_lacks_experts(
     ended = recipe(command(source, data, path, out), **alone())
     assert len(ended.errors) == 1, ended
     assert "model.layers.1.mlp.experts" in ended.errors[0], ended
-    # Under ZeRO-3 transformers raises by itself where shapes differ, and names them too.
-    by_transformers = preset == "zero3" and damage is drop_an_expert
-    assert ("size mismatch for" if by_transformers else "; give the whole model") in ended.errors[0], ended
+    assert "; give the whole model" in ended.errors[0], ended
     refused(ended, out, *ended.errors)

@@ -291,3 +291,24 @@ def test_the_rows_of_the_page_are_printed(run: Any) -> None:
     out = run()[1]
     for row in rows:
         assert row.split() in [line.split() for line in out.splitlines()], row
+
+
+def test_an_adapter_fits_where_the_whole_model_does_not(run: Any) -> None:
+    """Mixtral-8x7B on two GPUs of 80 GB, without a host to offload to; the printed command has the flags."""
+    code, _, err = run(gpus=2, host_gib=100)
+    assert code == 2
+    assert "nothing fits" in err
+    code, out, err = run("--use_peft", "--lora_r", 8, gpus=2, host_gib=100)
+    assert (code, err) == (0, "")
+    assert re.search(r"^ 1 +ZeRO-\d EP 2 ", out, re.M)
+    text = " ".join(out.split())
+    assert text.index("--use_peft --lora_r 8")
+    assert re.search(r"the adapter takes 0.\d+ GB of disk", text)
+    code, _, err = run("--lora_target_modules", "q_proj")
+    assert (code, err) == (
+        2,
+        "error: --lora_target_modules: does nothing without --use_peft; add the flag, or drop this one\n",
+    )
+    code, _, err = run("--use_peft", "--lora_target_modules", "qproj")
+    assert code == 2
+    assert "matches nothing in this mixtral" in err

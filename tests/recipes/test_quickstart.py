@@ -51,7 +51,7 @@ def test_dry_run_prints_the_command_and_writes_nothing() -> None:
     command = [sys.executable, str(ROOT / "recipes" / "quickstart.py"), "--dry_run"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     words = done.stdout.strip().splitlines()[-1].split()
-    assert words[1:3] == ["-m", "deepspeed.launcher.runner"]
+    assert words[1:3] == ["-m", "moe_models.nodes.launcher"]
     given = words[words.index("recipes/finetune.py") + 1 :]
     flags = dict(zip(given[::2], given[1::2], strict=True))
     assert flags["--model_name_or_path"] == ".cache/quickstart/moe"

@@ -25,12 +25,10 @@ def read(folder: Path) -> dict[str, bytes]:
 
 def die_at(event: int) -> None:
     """Kill this process with SIGKILL at the ``event``-th step that changes the disk, counted from 0."""
-    import moe_models.checkpoint.hf_folder as hf_folder
-
     count = -1
 
-    def wrap(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
+    def wrap(name: str) -> None:
+        original = getattr(os, name)
 
         def stepping(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
@@ -39,11 +37,10 @@ def die_at(event: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
 
-        setattr(owner, name, stepping)
+        setattr(os, name, stepping)
 
-    for name in ("replace", "unlink", "rmdir", "mkdir", "fsync"):
-        wrap(os, name)
-    wrap(hf_folder, "save_file")
+    for name in ("replace", "unlink", "rmdir", "mkdir", "fsync", "ftruncate", "pwrite"):
+        wrap(name)
 
 
 def export_in_child(checkpoint: Path, out: Path, event: int | None, seconds: float | None) -> bool:

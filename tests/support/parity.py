@@ -77,7 +77,7 @@ def tokenizer() -> Any:
 def build_trainer(
     source: str, output_dir: str, config: dict[str, Any], *, accumulation: int = 1, model: Any = None,
     trainer_class: Any = None, train_rows: Any = None, eval_rows: Any = None,
-    balance: dict[str, Any] | None = None, **options: Any,
+    balance: dict[str, Any] | None = None, check_conversion: str = "auto", **options: Any,
 ) -> Any:  # fmt: skip
     """A MoETrainer on this rank, as recipes/finetune.py builds it, that records the batches it consumes."""
     import torch
@@ -99,7 +99,7 @@ def build_trainer(
 
     forget_engines()
     config = copy.deepcopy(config)
-    moe = config.pop("moe", None)
+    moe = config.pop("moe", {})
     args = SFTConfig(
         output_dir=output_dir,
         **{
@@ -127,7 +127,7 @@ def build_trainer(
     if model is None:
         keep_in_fp32(AutoConfig.from_pretrained(source))
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    if moe is not None:
+    if "layer" in moe:
         from moe_models.config.moe_section import MoeLayer
         from moe_models.engine.native import register_deepspeed_moe
         from moe_models.families.table import FAMILIES
@@ -140,6 +140,9 @@ def build_trainer(
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
         processing_class=tokenizer(),
         balance=None if balance is None else Balance(**balance),
+        kernels=moe.get("kernels", "deepspeed"),
+        dispatch=moe.get("dispatch", "auto"),
+        check_conversion=check_conversion,
     )
     trainer.batches = []
     return trainer

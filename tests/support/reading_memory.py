@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -121,7 +122,8 @@ def build(folder: str, layout: dict[str, Any], ordinary: bool, peak: Any = None)
     restore_rotary_buffers(model)
     register_presets()
     if ds.moe.layer is not None:
-        model = register_deepspeed_moe(model, ds.moe.layer, FAMILIES[model.config.model_type])
+        # The check of the conversion reads one block at a time once more, and computes with it: not measured here.
+        model = register_deepspeed_moe(model, ds.moe.layer, FAMILIES[model.config.model_type], "none")
     parameters: Any = [{"params": list(model.parameters()), "name": "all"}]
     if ds.moe.layer is not None:
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
@@ -143,10 +145,17 @@ def _checked(config: dict[str, Any], moe: Any) -> Any:
     return replace(ds, moe=moe)
 
 
+def give_back_small_tensors_too() -> None:
+    """Let glibc return freed tensors from 256 KiB on, as it does with those of a real model, from 32 MB on."""
+    threshold = -3  # M_MMAP_THRESHOLD of mallopt(3)
+    ctypes.CDLL(None).mallopt(threshold, 1 << 18)
+
+
 def measure(small: str, folder: str, layout: dict[str, Any], ordinary: bool) -> dict[str, float]:
     """Bytes over this rank's own at its peak, and seconds. ``small`` is read first: imports, threads, groups."""
     from moe_models.checkpoint.on_disk import give_back
 
+    give_back_small_tensors_too()
     build(small, layout, ordinary)
     gc.collect()
     give_back()

@@ -247,7 +247,7 @@ def start_in_cluster(arguments: list[str], from_scratch: bool = False) -> tuple[
     flags, recipe, args, model_args, ds = script["read_command_line"](arguments, flags=kind)
     train_rows, eval_rows = script["load_data"](flags, recipe, args)
     model, tokenizer = make_model(recipe, args, model_args, train_rows, ds)
-    trainer = script["build_trainer"](model, tokenizer, recipe, args, ds, train_rows, eval_rows)
+    trainer = script["build_trainer"](model, tokenizer, recipe, args, ds, train_rows, eval_rows, model_args)
     return trainer, ds, eval_rows, script
 
 

@@ -164,7 +164,7 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     from trl import SFTTrainer
 
     from moe_models import trainer
-    from moe_models.checkpoint import from_engine as checkpoint_engine
+    from moe_models.checkpoint.from_engine import EngineSource
     from moe_models.trainer import MoETrainer
 
     def double_aux_loss(self: Any, *a: Any, **k: Any) -> Any:
@@ -184,14 +184,23 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
         optimizer.scaled_global_norm = scaled_global_norm
 
-    def rank_0_twice(local: torch.Tensor, ep_group: Any) -> torch.Tensor | None:
-        return torch.cat([local.cpu()] * 2) if checkpoint_engine.is_writer() else None
+    def rank_0_twice(source: EngineSource, path: str, projection: str) -> Any:
+        """Rank 1 writes rank 0's experts; with their fingerprints, so that the logits must tell."""
+        held, which = experts(source, path, projection) or (None, None)
+        assert held is not None
+        held = held.clone()
+        torch.distributed.broadcast(held, src=0)
+        for expert in range(len(held)) if source.fingerprints else ():
+            right = source.fingerprints[f"{path}.experts.{expert}.{projection}"]
+            source.fingerprints[f"{path}.experts.{expert + len(held)}.{projection}"] = right
+        return held, which
 
     compute_loss, norm_in_one_pass = MoETrainer.compute_loss, trainer.norm_in_one_pass
+    experts = EngineSource.experts
     owner, name, wrong = {
         FAULTS[0]: (MoETrainer, "compute_loss", double_aux_loss),
         FAULTS[1]: (trainer, "norm_in_one_pass", norm_without_experts),
-        FAULTS[2]: (checkpoint_engine, "_gather_to_writer", rank_0_twice),
+        FAULTS[2]: (EngineSource, "experts", rank_0_twice),
         FAULTS[3]: (MoETrainer, "create_optimizer", SFTTrainer.create_optimizer),
     }[fault]
     with parity.planted(owner, name, wrong):

@@ -204,6 +204,7 @@ def test_a_layout_with_old_rotary_buffers_loads(tmp_path: Path, dense: Path) -> 
     file = dense / "model.safetensors"
     save_file(load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file, {"format": "pt"})
     upcycle(dense, tmp_path / "moe")
+    assert not [name for name in tensors(tmp_path / "moe") if "inv_freq" in name]
     load(tmp_path / "moe")
 
 

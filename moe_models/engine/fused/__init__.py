@@ -1,0 +1,1 @@
+"""A faster AutoEP layer: ``"moe": {"kernels": "fused"}``. Begin to read at ``layer.py``."""
