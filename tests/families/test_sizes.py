@@ -118,6 +118,28 @@ def test_released_models_have_their_published_size(billions: int, config: dict[s
     assert (sizes.dense_params + sizes.expert_params) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
+# (model_type, billions in all, active ones, what they count of embedding and head). OpenAI's card has two decimals and
+# counts the head. Qwen's and Zhipu's names have one digit, and do not say what it counts.
+PUBLISHED = [
+    ("qwen3_next", 80, 3, "neither"),  # Qwen3-Next-80B-A3B
+    ("qwen3_5_moe_text", 35, 3, "head"),  # Qwen3.6-35B-A3B, of which vision and prediction layers are 1 billion more
+    ("glm4_moe_lite", 30, 3, "neither"),  # GLM-4.7-Flash, 30B-A3B
+]
+
+
+@pytest.mark.parametrize(("model_type", "billions", "active", "counted"), PUBLISHED)
+def test_the_models_that_people_train_have_their_published_size(
+    model_type: str, billions: float, active: float, counted: str
+) -> None:
+    """The defaults of transformers' config classes are the released models."""
+    from transformers import AutoConfig
+
+    sizes = model_sizes(AutoConfig.for_model(model_type).to_dict())
+    assert (sizes.dense_params + sizes.expert_params) / 1e9 == pytest.approx(billions, rel=0.01)
+    left_out = {"neither": 2, "head": 1}[counted] * sizes.head_params
+    assert round((sizes.active_params - left_out) / 1e9) == active
+
+
 def test_what_cannot_be_read() -> None:
     with pytest.raises(UserError, match=r"model_type = 'llama': sizes are known for deepseek_v2, "):
         model_sizes({"model_type": "llama"})
