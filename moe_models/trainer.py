@@ -97,6 +97,15 @@ ADAPTER_FOLDER = "adapter"
 """Where it puts the adapter of a run that trains one (PEFT's own folder)."""
 
 
+# upstream: trl 1.16.0: takes the auxiliary loss over config.num_experts, which some classes call otherwise and have no
+# alias for (GraniteMoE). Remove when: TRL asks the model, or those classes have the alias.
+def answer_to_num_experts(config: Any, key: str) -> None:
+    """Let the class of ``config`` answer to ``num_experts``, as most classes with another ``key`` do."""
+    if not hasattr(config, "num_experts"):
+        kind = type(config)
+        kind.attribute_map = {**kind.attribute_map, "num_experts": key}
+
+
 class ExpertParallelTraining(Trainer):
     """What a Hugging Face Trainer needs to train MoE models under DeepSpeed; name it before the Trainer.
 
@@ -168,6 +177,7 @@ class ExpertParallelTraining(Trainer):
         # 2. What must happen before the engine is built.
         restore_rotary_buffers(model)
         remember_shipped(hf_model(model))
+        answer_to_num_experts(hf_model(model).config, self.family.num_experts_key)
         register_presets()
         see_through_peft()
         self.ulysses: Ulysses | None = None

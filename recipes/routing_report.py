@@ -205,7 +205,7 @@ def read_family(checkpoint: Path) -> tuple[Family, dict[str, Any]]:
             "with recipes/export.py"
         )
     try:
-        return family, AutoConfig.from_pretrained(checkpoint).to_dict()
+        return family, AutoConfig.from_pretrained(checkpoint).get_text_config().to_dict()
     except Exception as error:  # whatever transformers says about values it cannot use
         raise UserError(f"--checkpoint {checkpoint}: its config.json cannot be used: {one_line(error)}") from error
 

@@ -144,7 +144,7 @@ class _Tap:
 
     def attach(self) -> None:
         """Put the hooks in."""
-        from moe_models.engine.blocks import find_blocks, score_function
+        from moe_models.engine.blocks import find_blocks
         from moe_models.families.table import FAMILIES
         from moe_models.routing.tap import RouterTap
 
@@ -153,7 +153,7 @@ class _Tap:
         found = find_blocks(self._model)
         paths = [block.path for block in found]
         experts = family.expert_counts(config)
-        self._stats = LoadStats(paths, experts, self._job["ep_size"], score_function(found[0]), self._device)
+        self._stats = LoadStats(paths, experts, self._job["ep_size"], family.router.score, self._device)
         RouterTap(self._model, found, self._stats)
 
     def new_step(self) -> None:

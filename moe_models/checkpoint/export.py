@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +46,7 @@ from moe_models.checkpoint.hf_folder import (
 )
 from moe_models.checkpoint.source import TensorSource, is_writer
 from moe_models.disk import ends_if_full, free_bytes, full_line
+from moe_models.engine.blocks import fuse_gate_up
 from moe_models.errors import UserError
 from moe_models.families.table import Family
 
@@ -58,6 +59,13 @@ HEARTBEAT_SECONDS = 20.0
 
 class LeftOver(Protocol):
     """What a checkpoint holds beside the model (:class:`~moe_models.checkpoint.origin.Origin`)."""
+
+    @property
+    def stored_as(self) -> Mapping[str, Any]:
+        """Columns of the family's row by which it names its tensors."""
+
+    def complete(self, folder: Path, dtype: torch.dtype) -> None:
+        """Add what the exported folder needs beside the language model."""
 
     def expected(self) -> dict[str, tuple[Shape, torch.dtype]]:
         """Name -> (shape, dtype)."""
@@ -73,9 +81,11 @@ class Entry:
     name: str
     """Module name of a dense tensor, or module path of an MoE block."""
     projection: str | None
-    """None for a dense tensor; else one projection of all experts of the block."""
+    """None for a dense tensor; else one projection of all experts of the block, or ``gate_up``."""
     hub: dict[str, Shape]
-    """Hub name -> shape; with experts, those of expert 0, 1, ..."""
+    """Hub name -> shape; with experts, those of expert 0, 1, ..., or the one tensor that has them all."""
+    stacked: bool = False
+    """Whether all experts are in one tensor."""
 
 
 def hub_plan(family: Family, config: Any) -> list[Entry]:
@@ -83,7 +93,10 @@ def hub_plan(family: Family, config: Any) -> list[Entry]:
     plan = []
     for name, shape in expected_tensors(config).items():
         block, _, weight = name.rpartition(".experts.")
-        if weight == "gate_up_proj":
+        if family.hub_stacked is not None and weight in ("gate_up_proj", "down_proj"):
+            projections = weight.removesuffix("_proj")
+            plan.append(Entry(block, projections, {family.hub_all_experts(block, projections): shape}, stacked=True))
+        elif weight == "gate_up_proj":
             E, twice_F, D = shape
             plan.append(_expert_entry(family, block, "gate", E, (twice_F // 2, D)))
             plan.append(_expert_entry(family, block, "up", E, (twice_F // 2, D)))
@@ -108,7 +121,7 @@ def hub_tensors(source: TensorSource, entry: Entry) -> dict[str, torch.Tensor]:
         if entry.projection is None:
             tensor = source.dense(entry.name)
         else:
-            tensor = source.experts(entry.name, entry.projection)
+            tensor = _experts(source, entry)
     except KeyError:
         raise ExportError(
             f"{label}: config.json asks for this tensor, but the trained model does not have it"
@@ -119,9 +132,26 @@ def hub_tensors(source: TensorSource, entry: Entry) -> dict[str, torch.Tensor]:
         return dict.fromkeys(entry.hub, tensor)
     names = list(entry.hub)
     stacked, which = tensor
+    if entry.stacked:
+        (shape,) = entry.hub.values()
+        if len(stacked) != shape[0]:
+            raise ExportError(f"{entry.name}: {len(stacked)} experts arrived, the model has {shape[0]}")
+        return {names[0]: stacked}
     if len(stacked) != len(which) or which.stop > len(names):
         raise ExportError(f"{entry.name}: {len(stacked)} experts arrived, the model has {len(names)}")
     return dict(zip(names[which.start : which.stop], stacked.unbind(0), strict=True))
+
+
+def _experts(source: TensorSource, entry: Entry) -> tuple[torch.Tensor, range] | None:
+    """One projection of the experts, or gate and up in one tensor; None where this rank only helps."""
+    assert entry.projection is not None
+    if entry.projection != "gate_up":
+        return source.experts(entry.name, entry.projection)
+    gate = source.experts(entry.name, "gate")
+    up = source.experts(entry.name, "up")
+    if gate is None or up is None:
+        return None
+    return fuse_gate_up(gate[0], up[0]), gate[1]
 
 
 def export(
@@ -157,6 +187,8 @@ def export(
     Raises:
         ExportError: on every rank, with the reason; the folder that was there before is untouched.
     """
+    if origin is not None:
+        family = family.with_columns(origin.stored_as)
     plan = hub_plan(family, config)
     expected = _expected_on_disk(plan, config, source.dtype)
     if origin is not None:
@@ -219,12 +251,16 @@ def export(
             save_companions(
                 writer.staging, config, source.dtype, tokenizer=tokenizer, generation_config=generation_config
             )
+        if origin is not None:
+            origin.complete(writer.staging, source.dtype)
         if before_rename is not None:
             before_rename(writer.staging)
         writer.finish()
 
     try:
-        shared = _shared_staging(source, writer)
+        shared = None
+        if not any(entry.stacked for entry in plan):  # a tensor is written by one rank
+            shared = _shared_staging(source, writer)
         own_writer = together(join)
         # 2. One tensor after the other. Ranks agree after each: one may fail where the others cannot see it.
         for entry in plan:
@@ -304,7 +340,10 @@ def _nbytes(expected: dict[str, tuple[Shape, torch.dtype]]) -> int:
 
 def export_bytes(family: Family, config: Any, dtype: torch.dtype, origin: LeftOver | None = None) -> int:
     """Bytes of the weights in an exported folder."""
-    passed_on = origin.expected() if origin is not None else {}
+    passed_on = {}
+    if origin is not None:
+        family = family.with_columns(origin.stored_as)
+        passed_on = origin.expected()
     return _nbytes(_expected_on_disk(hub_plan(family, config), config, dtype) | passed_on)
 
 

@@ -167,7 +167,7 @@ class FolderSource:
             self._models, self._partitions = _open_zero3(self._step)
         # 2. What is in them: dense tensors by module name, and the blocks that keep their experts elsewhere.
         module: dict[str, torch.Tensor] = self._models[0]["module"]
-        self._names = {family.autoep_to_module(name): name for name in module if not _is_router_alias(name)}
+        self._names = {family.autoep_to_module(name): name for name in module if not family.is_router_alias(name)}
         self.blocks = saved_blocks(self._models[0])
         if self._partitions is None:
             self._require_expert_files()
@@ -352,11 +352,6 @@ def _tensor_in(path: Path, name: str) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise UserError(f"{path}: holds no tensor {name}; the checkpoint is damaged, use an earlier one")
     return tensor
-
-
-def _is_router_alias(name: str) -> bool:
-    """AutoEP registers a block's router a second time, as ``gate``, so that HF's output recorders find it."""
-    return ".mlp.gate.gate." in name
 
 
 def _require_files(paths: list[Path]) -> None:

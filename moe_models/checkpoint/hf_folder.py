@@ -38,6 +38,7 @@ _WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safeten
 _COMPANIONS = re.compile(
     r"config\.json|generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt"
     r"|spiece\.model|sentencepiece\..*|chat_template\..*|additional_chat_templates"
+    r"|(video_)?(pre)?processor_config\.json"
 )
 """With the weights and a card of ours, all that an export writes; a folder that holds anything else is not replaced."""
 

@@ -10,10 +10,12 @@ still on disk (``on_disk.py``), and what none of the model's parameters was made
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ from moe_models.files import read_json, write
 ORIGIN_FILE = "origin.json"
 """In a checkpoint folder: the model that the run started from."""
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files of a multimodal model that a language model has no use for."""
+
 CHUNK = 1 << 20
 """Values that are compared at a time. A tensor that training changed differs in the first of them, as a rule."""
 
@@ -54,6 +59,10 @@ class Origin:
     """What transformers calls those of them that it reports."""
     tied: frozenset[str] = frozenset()
     """Names of tensors that are another one, as the class has it: an export has no copy of them."""
+    stored_as: Mapping[str, Any] = field(default_factory=dict)
+    """Columns of the family's row by which this checkpoint names its tensors (``Family.stored_as``)."""
+    whole_config: Mapping[str, Any] | None = None
+    """``config.json`` of the multimodal model whose language model is trained; None where that is all."""
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of what is left over."""
@@ -63,6 +72,19 @@ class Origin:
         """(name, values) of what is left over, one after the other."""
         for name in self.left_over:
             yield name, self.unread(name).read()
+
+    def complete(self, folder: Path, dtype: torch.dtype) -> None:
+        """Make of an exported language model the multimodal model that it came from: its config and processors."""
+        if self.whole_config is None:
+            return
+        config = copy.deepcopy(dict(self.whole_config))
+        for part in (config, config["text_config"]):
+            part.pop("torch_dtype", None)
+            part["dtype"] = str(dtype).removeprefix("torch.")
+        write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        for name in PROCESSORS:
+            if (self.folder / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(self.folder / name, folder / name)
 
     def unread(self, name: str) -> OnDisk:
         """One tensor, still on disk."""
@@ -120,15 +142,20 @@ def read_origin(folder: Path, family: Family, config: Any) -> Origin | None:
     if not tensors:
         return None
     # 2. Names that the export will have, or has in another tensor.
+    stored_as = family.stored_as(tensors)
+    family = family.with_columns(stored_as)
+    of_the_folder = read_json(folder / "config.json")
+    whole_config = of_the_folder if of_the_folder.get("model_type") != config.model_type else None
+    names: dict[str, Any] = {"stored_as": stored_as, "whole_config": whole_config}
     tied = frozenset(family.module_to_hub(name) for name in tied_names(config))
     known = {name for entry in hub_plan(family, config) for name in entry.hub} | tied
     unknown = [name for name in tensors if name not in known]
     if not unknown:
-        return Origin(folder=folder, tensors=tensors, tied=tied)
+        return Origin(folder=folder, tensors=tensors, tied=tied, **names)
     # 3. Others may be of another layout: then the class takes them.
     used, unexpected = names_that_load(folder, tensors)
     left_over = tuple(name for name in unknown if name not in used)
-    return Origin(folder=folder, tensors=tensors, left_over=left_over, unexpected=unexpected, tied=tied)
+    return Origin(folder=folder, tensors=tensors, left_over=left_over, unexpected=unexpected, tied=tied, **names)
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[Path, Stored]]:
@@ -144,7 +171,7 @@ def names_that_load(folder: Path, tensors: Mapping[str, tuple[Path, Stored]]) ->
     from transformers import AutoModelForCausalLM
 
     with without_zero3(), as_shipped(), nothing_read(set()):
-        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     # 1. Where in which file each tensor begins.
     begins: dict[str, list[tuple[int, str]]] = {}
     for name, (file, stored) in tensors.items():

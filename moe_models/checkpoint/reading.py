@@ -28,6 +28,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
+from moe_models.checkpoint.expected import keep_in_fp32
 from moe_models.checkpoint.model_files import check_model_files, type_problems, weight_files
 from moe_models.checkpoint.on_disk import TALLY, LazyFile, OnDisk, give_back
 from moe_models.config.ds_config import DsConfig
@@ -63,6 +64,7 @@ def read_model(name: str, ds: DsConfig, *, dtype: torch.dtype, device: Any, **op
         from transformers import AutoConfig
 
         config = options.get("config") or AutoConfig.from_pretrained(name, revision=options.get("revision"))
+        keep_in_fp32(config)
         quantized = getattr(config, "quantization_config", None) is not None
         if Path(name).is_dir():
             check_model_files(Path(name), quantized=quantized)
@@ -139,6 +141,7 @@ def _read_own_share(
 
 def expert_parameters(config: Any) -> Iterator[str]:
     """Names of the tensors that hold a model's experts, as transformers holds them."""
+    config = config.get_text_config()  # of a multimodal model the language model is trained
     family = FAMILIES[config.model_type]
     for path in moe_blocks(family, config.to_dict()):
         for projection in EXPERT_PROJECTIONS:

@@ -137,23 +137,36 @@ def parameter_names(block: Block, projection: str) -> list[str]:
     return [parameter.name for parameter in block.parameters() if projection in parameter.projections]
 
 
-def score_function(block: Block) -> str:
-    """``softmax``, or ``sigmoid`` (DeepSeek-V3, whose Hugging Face router has the correction bias)."""
-    default = "sigmoid" if hasattr(block.router, _OWN_BIAS) else "softmax"
-    return str(getattr(block.router, "score_func", default))
-
-
 def own_bias(block: Block) -> torch.Tensor | None:
     """The selection bias that is part of the model itself, [E]; None where its architecture has none."""
-    bias: torch.Tensor | None = getattr(block.router, _OWN_BIAS, None)
+    place = _place_of_bias(block)
+    if place is None:
+        return None
+    owner, name = place
+    bias: torch.Tensor = getattr(owner, name)
     return bias
+
+
+def _place_of_bias(block: Block) -> tuple[Any, str] | None:
+    """(the module that has it, its name there) of a block's own selection bias."""
+    places = [(block.router, OWN_BIAS)]
+    if block.kind == "plain":
+        places += [(block.module, name) for name in (OWN_BIAS, *OTHER_BIASES)]
+    for owner, name in places:
+        if getattr(owner, name, None) is not None:
+            return owner, name
+    return None
 
 
 # ------------------------------------------------------------------------------------ names and fused pairs, once
 
 
-_OWN_BIAS = "e_score_correction_bias"
-"""What DeepSeek-V3's router calls its selection bias, in Hugging Face's class and in AutoEP's."""
+OWN_BIAS = "e_score_correction_bias"
+"""What DeepSeek-V3's router calls its selection bias, in Hugging Face's class and in AutoEP's. MiniMax-M2 has it
+under the same name in its block."""
+
+OTHER_BIASES = ("expert_bias",)
+"""What blocks of other classes call it (LFM2)."""
 
 _PLAIN_EXPERTS = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
 
@@ -204,6 +217,15 @@ def take_projection(fused: torch.Tensor, projection: str) -> torch.Tensor:
     if projection == "gate":
         return gate_FD
     return up_FD
+
+
+def plain_routing(output: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits [T, E], weights [T, K], choices [T, K]) that a Hugging Face router returned: so, or the other way round
+    (GraniteMoE)."""
+    first, weights_TK, last = output
+    if first.is_floating_point():
+        return first, weights_TK, last
+    return last, weights_TK, first
 
 
 def whole_shape(parameter: Any) -> torch.Size:
@@ -280,7 +302,7 @@ class AutoEPBlock:
     def set_bias(self, bias_E: torch.Tensor | None) -> None:
         """See :class:`Block`."""
         if own_bias(self) is not None:
-            self.router._buffers[_OWN_BIAS] = bias_E
+            self.router._buffers[OWN_BIAS] = bias_E
         else:
             self.module.expert_bias = bias_E
 
@@ -387,7 +409,8 @@ class PlainBlock:
     def of(cls, path: str, module: Any) -> PlainBlock:
         """The block at ``path``."""
         E = whole_shape(_unwrapped(module.experts)[0].down_proj)[0]
-        return cls(path=path, module=module, router=module.gate, num_experts=E, local=range(E))
+        router = module.gate if hasattr(module, "gate") else module.router
+        return cls(path=path, module=module, router=router, num_experts=E, local=range(E))
 
     def experts(self, projection: str) -> torch.Tensor:
         """See :class:`Block`."""
@@ -405,18 +428,20 @@ class PlainBlock:
     def watch(self, counts: Callable[[], bool], report: RoutingObserver) -> list[Any]:
         """See :class:`Block`."""
 
-        # The router's output is (logits, weights, choices).
         def report_choices(router: Any, inputs: Any, output: Sequence[torch.Tensor]) -> None:
             if counts():
-                report(output[0], output[2])
+                logits_TE, _, choices_TK = plain_routing(output)
+                report(logits_TE, choices_TK)
 
         return [self.router.register_forward_hook(report_choices)]
 
     def set_bias(self, bias_E: torch.Tensor | None) -> None:
         """See :class:`Block`."""
-        if own_bias(self) is None:
+        place = _place_of_bias(self)
+        if place is None:
             raise ValueError(f"{self.path}: its router has no place for a selection bias")
-        self.router._buffers[_OWN_BIAS] = bias_E
+        owner, name = place
+        owner._buffers[name] = bias_E
 
 
 _KINDS: tuple[type[AutoEPBlock] | type[NativeBlock] | type[PlainBlock], ...] = (AutoEPBlock, NativeBlock, PlainBlock)

@@ -46,6 +46,7 @@ _ZERO12 = "deepspeed.runtime.zero.stage_1_and_2"
 _ZERO3 = "deepspeed.runtime.zero.stage3"
 _SP_GROUPS = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
 _ULYSSES = "deepspeed.runtime.sequence_parallel.ulysses_sp"
+_AUTOEP_MODEL = "deepspeed.module_inject.auto_ep"
 _AUTOEP = "deepspeed.module_inject.auto_ep_layer"
 _PRESETS = "deepspeed.module_inject.auto_ep_presets.registry"
 _GROUPS = "deepspeed.utils.groups"
@@ -462,6 +463,26 @@ SEAMS = (
         attributes=("ep_size", "ep_group", "experts", "router", "expert_bias", "_is_autoep_layer"),
     ),
     Seam(
+        name=f"{_AUTOEP_MODEL}:_resolve_e_score_correction_bias_path",
+        ours="engine/autoep.py",
+        lost="the selection bias of LFM2 under AutoEP",
+        parameters=("moe_module", "module_name"),
+        called_in=_AUTOEP_MODEL,
+    ),
+    Seam(
+        name=f"{_AUTOEP_MODEL}:AutoEP._replace_moe_layer_without_retarget",
+        ours="engine/autoep.py",
+        lost="the router of LFM2 under AutoEP, which rounds its scores",
+        parameters=("spec",),
+        called_in=_AUTOEP_MODEL,
+    ),
+    Seam(
+        name="deepspeed.moe.ep_router:TokenChoiceTopKRouter",
+        ours="engine/autoep.py",
+        lost="the router of LFM2 under AutoEP, which rounds its scores",
+        attributes=("gate", "top_k", "route_norm", "route_scale", "e_score_correction_bias"),
+    ),
+    Seam(
         name=f"{_AUTOEP}:AutoEPMoELayer._forward",
         ours="engine/fused/layer.py",
         lost="fused kernels: the layers run DeepSpeed's own",
@@ -508,7 +529,7 @@ SEAMS = (
     Seam(
         name=f"{_PRESETS}:_PRESET_ADAPTERS",
         ours="engine/autoep.py",
-        lost="the auxiliary loss of OLMoE under AutoEP",
+        lost="the auxiliary loss of OLMoE and Qwen3.5 under AutoEP",
         called_in="",
     ),
     Seam(

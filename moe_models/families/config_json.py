@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_models.errors import UserError
+from moe_models.families.table import FAMILIES
 from moe_models.files import beside_run_sh, read_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -14,7 +15,23 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def read_model_config(model_name_or_path: str | Path) -> dict[str, Any]:
-    """``config.json`` of a model folder or hub id. Raises UserError with one line if it cannot be had."""
+    """``config.json`` of a model folder or hub id; of a multimodal model the part that describes its language model.
+
+    Raises UserError with one line if it cannot be had.
+    """
+    return language_model(read_config_json(model_name_or_path))
+
+
+def language_model(config: dict[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` says of the language model that is trained: itself, or its ``text_config``."""
+    inside = config.get("text_config")
+    if isinstance(inside, dict) and inside.get("model_type") in FAMILIES:
+        return inside
+    return config
+
+
+def read_config_json(model_name_or_path: str | Path) -> dict[str, Any]:
+    """``config.json`` of a model folder or hub id, as it is. Raises UserError with one line if it cannot be had."""
     path = Path(model_name_or_path)
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -28,19 +28,22 @@ def train_flops(sizes: ModelSizes, length: int, adapter: AdapterSizes | None = N
 
     The embedding is a lookup and costs nothing; the head is a matrix product and counts, also where the two are tied.
     """
-    # 1. Matrices outside the experts, weights of one token.
+    # 1. Matrices and convolutions outside the experts, weights of one token.
     matrices = 0
     for name, shape in sizes.dense:
-        if len(shape) == 2 and "embed_tokens" not in name:
+        if len(shape) >= 2 and "embed_tokens" not in name:
             matrices += prod(shape)
     if sizes.tied:
         matrices += sizes.head_params
 
     # 2. Attention. Scores take heads x head_dim and the weighted sum heads x value_dim for each token attended to.
     #    It is causal: on average a token attends to half of the sequence.
-    attention = sizes.layers * sizes.heads * (sizes.head_dim + sizes.value_dim) * length / 2
+    attention = sizes.attention_layers * sizes.heads * (sizes.head_dim + sizes.value_dim) * length / 2
 
-    # 3. The experts that one token passes through.
+    # 3. Linear attention reads, updates and reads again the state of each head: three products of key x value width.
+    attention += 3 * sizes.linear_states
+
+    # 4. The experts that one token passes through.
     experts = sizes.moe_layers * sizes.top_k * sizes.expert_size
 
     if adapter is None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
 from moe_models.errors import UserError
-from moe_models.families.table import FAMILIES, Family, family_of
+from moe_models.families.table import FAMILIES, Family, Mixer, family_of
 from moe_models.families.unsupported import why_unsupported
 
 Shape = tuple[int, ...]
@@ -40,8 +40,14 @@ class ModelSizes:
     """Width of one head as attention sees it (DeepSeek: of queries and keys)."""
     value_dim: int
     """Width of one head's values."""
+    latent: bool
+    """Whether attention is latent (:class:`~moe_models.families.table.Attention`)."""
     layers: int
     """Decoder layers."""
+    attention_layers: int
+    """Decoder layers with attention; the others have something whose cost does not grow with the length."""
+    linear_states: int
+    """Numbers in the states of linear attention, all heads and layers: what one token reads and updates."""
     moe_layers: int
     """Decoder layers with experts."""
     num_experts: int
@@ -52,6 +58,8 @@ class ModelSizes:
     """Parameters of one expert: three matrices of D x F."""
     dense: tuple[tuple[str, Shape], ...]
     """Module name and shape of every parameter that is not in a routed expert, in the model's order."""
+    router_weight: str
+    """How the names of the routers' weights end."""
     fp32_scores: bool
     """As in :class:`~moe_models.families.table.Family`."""
 
@@ -123,6 +131,7 @@ def sizes_of(family: Family, config: Mapping[str, Any]) -> ModelSizes:
 
 def _read_sizes(family: Family, config: Mapping[str, Any]) -> ModelSizes:
     layers = _number(config, "num_hidden_layers")
+    attention_layers = sum(family.attends(config, layer) for layer in range(layers))
     hidden = _number(config, "hidden_size")
     heads = _number(config, "num_attention_heads")
     if family.attention.latent:
@@ -139,14 +148,26 @@ def _read_sizes(family: Family, config: Mapping[str, Any]) -> ModelSizes:
         kv_heads=kv_heads,
         head_dim=head_dim,
         value_dim=value_dim,
+        latent=family.attention.latent,
         layers=layers,
+        attention_layers=attention_layers,
+        linear_states=(layers - attention_layers) * _state_of_a_layer(family, config),
         moe_layers=sum(family.moe_layers(config, layer) for layer in range(layers)),
         num_experts=family.num_experts(config),
         top_k=int(_get(config, "num_experts_per_tok") or 1),
         expert_size=3 * hidden * _number(config, family.expert_size_key),
         dense=tuple(_dense(family, config)),
+        router_weight=f".{family.block}.{family.router_module}.weight",
         fp32_scores=family.fp32_scores,
     )
+
+
+def _state_of_a_layer(family: Family, config: Mapping[str, Any]) -> int:
+    """Numbers in the state of one layer's linear attention: key x value width for each head of values."""
+    if family.mixer is None or family.mixer == "short convolution":
+        return 0
+    heads = _number(config, "linear_num_value_heads")
+    return heads * _number(config, "linear_key_head_dim") * _number(config, "linear_value_head_dim")
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:
@@ -166,27 +187,37 @@ def _dense(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, Sha
     hidden = _number(config, "hidden_size")
     vocabulary = _number(config, "vocab_size")
     attention = _latent_attention if family.attention.latent else _attention
+    names = family.layer_names
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for layer in range(_number(config, "num_hidden_layers")):
         prefix = f"model.layers.{layer}."
-        for name, shape in attention(family, config):
-            yield f"{prefix}self_attn.{name}", shape
-        if family.moe_layers(config, layer):
-            yield f"{prefix}mlp.gate.weight", (family.num_experts(config), hidden)
-            yield from _shared_expert(f"{prefix}mlp.", family, config)
+        if family.attends(config, layer):
+            for name, shape in attention(family, config):
+                yield f"{prefix}self_attn.{name}", shape
         else:
-            yield from _mlp(f"{prefix}mlp.", hidden, _number(config, "intermediate_size"))
-        yield f"{prefix}input_layernorm.weight", (hidden,)
-        yield f"{prefix}post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    if not config.get("tie_word_embeddings", False):
+            assert family.mixer is not None
+            for name, shape in _MIXERS[family.mixer](config):
+                yield prefix + name, shape
+        block = f"{prefix}{family.block}."
+        if family.moe_layers(config, layer):
+            yield f"{block}{family.router_module}.weight", (family.num_experts(config), hidden)
+            yield from _shared_expert(block, family, config)
+        else:
+            yield from _mlp(block, hidden, _number(config, "intermediate_size"), names.mlp)
+        yield f"{prefix}{names.before_attention}.weight", (hidden,)
+        yield f"{prefix}{names.before_mlp}.weight", (hidden,)
+    yield f"model.{names.final}.weight", (hidden,)
+    if not config.get("tie_word_embeddings", family.ties_embeddings):
         yield "lm_head.weight", (vocabulary, hidden)
 
 
-def _mlp(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, Shape]]:
-    yield f"{prefix}gate_proj.weight", (inner, hidden)
-    yield f"{prefix}up_proj.weight", (inner, hidden)
-    yield f"{prefix}down_proj.weight", (hidden, inner)
+def _mlp(
+    prefix: str, hidden: int, inner: int, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> Iterator[tuple[str, Shape]]:
+    gate, up, down = names
+    yield f"{prefix}{gate}.weight", (inner, hidden)
+    yield f"{prefix}{up}.weight", (inner, hidden)
+    yield f"{prefix}{down}.weight", (hidden, inner)
 
 
 def _shared_expert(prefix: str, family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
@@ -205,27 +236,75 @@ def _shared_expert(prefix: str, family: Family, config: Mapping[str, Any]) -> It
 
 def _attention(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
     """Grouped-query attention."""
+    attention = family.attention
     hidden = _number(config, "hidden_size")
     head_dim = _number(config, "head_dim")
     queries = head_dim * _number(config, "num_attention_heads")
     keys = head_dim * _number(config, "num_key_value_heads")
+    projected = 2 * queries if attention.output_gate else queries
     bias = _has_bias(family, config)
-    for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+    for name, rows in (("q", projected), ("k", keys), ("v", keys)):
         yield f"{name}_proj.weight", (rows, hidden)
         if bias:
             yield f"{name}_proj.bias", (rows,)
-    yield "o_proj.weight", (hidden, queries)
-    if bias and family.attention.output_bias:
-        yield "o_proj.bias", (hidden,)
-    key = family.attention.norms_key
+    yield f"{attention.names.output}.weight", (hidden, queries)
+    if bias and attention.output_bias:
+        yield f"{attention.names.output}.bias", (hidden,)
+    key = attention.norms_key
     if key is not None and not config.get(key, False):
         return
-    if family.attention.norms == "each head":
-        yield "q_norm.weight", (head_dim,)
-        yield "k_norm.weight", (head_dim,)
-    if family.attention.norms == "all heads":
-        yield "q_norm.weight", (queries,)
-        yield "k_norm.weight", (keys,)
+    of_queries, of_keys = attention.names.norms
+    if attention.norms == "each head":
+        yield f"{of_queries}.weight", (head_dim,)
+        yield f"{of_keys}.weight", (head_dim,)
+    if attention.norms == "all heads":
+        yield f"{of_queries}.weight", (queries,)
+        yield f"{of_keys}.weight", (keys,)
+
+
+def _gated_delta_net(config: Mapping[str, Any], *, two_projections: bool) -> Iterator[tuple[str, Shape]]:
+    """Linear attention (arXiv 2412.06464): each head has a state of key width x value width."""
+    hidden = _number(config, "hidden_size")
+    value_heads = _number(config, "linear_num_value_heads")
+    value_dim = _number(config, "linear_value_head_dim")
+    keys = _number(config, "linear_num_key_heads") * _number(config, "linear_key_head_dim")
+    values = value_heads * value_dim
+    kernel = int(config.get("linear_conv_kernel_dim", 4))
+    yield "linear_attn.dt_bias", (value_heads,)
+    yield "linear_attn.A_log", (value_heads,)
+    yield "linear_attn.conv1d.weight", (2 * keys + values, 1, kernel)
+    # Queries, keys, values and the output's gate z; how much is forgotten (a) and written (b) by each head.
+    if two_projections:
+        yield "linear_attn.in_proj_qkvz.weight", (2 * keys + 2 * values, hidden)
+        yield "linear_attn.in_proj_ba.weight", (2 * value_heads, hidden)
+    yield "linear_attn.norm.weight", (value_dim,)
+    yield "linear_attn.out_proj.weight", (hidden, values)
+    if not two_projections:
+        yield "linear_attn.in_proj_qkv.weight", (2 * keys + values, hidden)
+        yield "linear_attn.in_proj_z.weight", (values, hidden)
+        yield "linear_attn.in_proj_b.weight", (value_heads, hidden)
+        yield "linear_attn.in_proj_a.weight", (value_heads, hidden)
+
+
+def _short_convolution(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
+    """The gated convolution of LFM2 over a few tokens."""
+    hidden = _number(config, "hidden_size")
+    shapes: tuple[tuple[str, Shape], ...] = (
+        ("conv.conv", (hidden, 1, int(config.get("conv_L_cache", 3)))),
+        ("conv.in_proj", (3 * hidden, hidden)),
+        ("conv.out_proj", (hidden, hidden)),
+    )
+    for name, shape in shapes:
+        yield f"{name}.weight", shape
+        if config.get("conv_bias", False):
+            yield f"{name}.bias", shape[:1]
+
+
+_MIXERS: dict[Mixer, Callable[[Mapping[str, Any]], Iterator[tuple[str, Shape]]]] = {
+    "gated delta net": partial(_gated_delta_net, two_projections=False),
+    "gated delta net of two projections": partial(_gated_delta_net, two_projections=True),
+    "short convolution": _short_convolution,
+}
 
 
 def _latent_attention(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:

@@ -6,9 +6,10 @@ Four layouts of the same weights meet here:
   ``{prefix}.mlp.experts.gate_up_proj`` [E, 2F, D] (gate rows first, then up) and ``.down_proj`` [E, D, F];
 - *hub* layout, what checkpoints on disk use and what vLLM and older transformers read: one tensor per expert and
   projection, e.g. ``{prefix}.block_sparse_moe.experts.3.w1.weight`` [F, D];
+  Some families have all experts of a block in one tensor there too (``hub_stacked``);
 - *AutoEP* layout, what DeepSpeed's AutoEP holds on each rank: ``{prefix}.mlp.experts.w1`` (gate), ``.w3`` (up)
   [E_local, F, D] and ``.w2`` (down) [E_local, D, F], and the router as ``{prefix}.mlp.router.gate.weight``. The names
-  are the same for every family, because AutoEP builds the block from its own class;
+  inside the block are the same for every family, because AutoEP builds the block from its own class;
 - *native* layout, what ``moe_models/engine/native.py`` holds: one module for each local expert in
   ``{prefix}.mlp.moe.deepspeed_moe``, and the HF router as the gate's ``wg``.
 
@@ -21,8 +22,8 @@ The table was checked against transformers 5.20.2; ``tests/families/test_familie
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 EXPERT_PROJECTIONS = ("gate", "up", "down")
@@ -30,6 +31,9 @@ EXPERT_PROJECTIONS = ("gate", "up", "down")
 
 AUTOEP_EXPERT_NAMES = {"gate": "w1", "down": "w2", "up": "w3"}
 """Names AutoEP gives the three stacked expert weights, after ``{block}.experts.``."""
+
+AUTOEP_BIAS = "router.e_score_correction_bias"
+"""What AutoEP calls the selection bias that a family has, after ``{block}.``."""
 
 NATIVE_EXPERTS = "moe.deepspeed_moe.experts.deepspeed_experts"
 """Where a native layer keeps its experts, after ``{block}.`` and before ``.{e}.{projection}_proj.weight``."""
@@ -130,6 +134,32 @@ class SharedExpert:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionNames:
+    """What a class calls the parts of its attention that have more than one name among families."""
+
+    output: str = "o_proj"
+    """The projection of the heads' output."""
+    norms: tuple[str, str] = ("q_norm", "k_norm")
+    """The norms of queries and keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNames:
+    """What a class calls the norms of a decoder layer, and the one after the last layer."""
+
+    before_attention: str = "input_layernorm"
+    before_mlp: str = "post_attention_layernorm"
+    final: str = "norm"
+    mlp: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """The matrices of a dense layer's MLP: gate, up and down."""
+
+
+Mixer = Literal["gated delta net", "gated delta net of two projections", "short convolution"]
+"""What a layer has instead of attention: the gated delta net (arXiv 2412.06464), as Qwen3.5 has it or with the inputs
+projected together as Qwen3-Next has it, or the gated short convolution of LFM2."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attention:
     """What a family's attention has beyond four matrices without bias."""
 
@@ -145,6 +175,10 @@ class Attention:
     """RMS norms of queries and keys: none, one weight for each head's width, or one over all heads together."""
     norms_key: str | None = None
     """Key of config.json that turns these norms on; None: they are always there."""
+    output_gate: bool = False
+    """Whether the projection of the queries also yields a gate for each value of the heads' output."""
+    names: AttentionNames = AttentionNames()
+    """What its parts are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,25 +201,50 @@ class Family:
     residual_mlp: bool = False
     """Whether a dense MLP is mixed with the experts' output (``residual_mlp``, ``coefficient``; arXiv 2201.05596)."""
 
+    # The names in memory
+    block: str = "mlp"
+    """Name of the MoE block in the module layout, after ``model.layers.{l}.``."""
+    router_module: str = "gate"
+    """Name of the router in the module layout, after ``{block}.``."""
+    bias: str = "gate.e_score_correction_bias"
+    """Name of the selection bias in the module layout, after ``{block}.``."""
+    layer_names: LayerNames = LayerNames()
+    """What the norms and the dense MLP of a decoder layer are called."""
+
     # The names on the hub
     hub_block: str = "mlp"
-    """Name of the MoE block in the hub layout; it is ``mlp`` in every module layout."""
+    """Name of the MoE block in the hub layout."""
     hub_expert_names: Mapping[str, str] = field(
         default_factory=lambda: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     )
     """Hub name of each expert projection, after ``{block}.experts.{e}.`` and before ``.weight``."""
+    hub_stacked: Mapping[str, str] | None = None
+    """Hub names, after ``{block}.``, of ``gate_up`` [E, 2F, D] and ``down`` [E, D, F] of all experts; None: each expert
+    has tensors of its own, as ``hub_expert_names`` says."""
+    hub_router: str = "gate.weight"
+    """Hub name of the router's weight, after ``{block}.``."""
     hub_bias: str = "gate.e_score_correction_bias"
-    """Hub name of the selection bias, after ``{block}.``; in memory it is always that of the default."""
+    """Hub name of the selection bias, after ``{block}.``."""
+    hub_text: str = ""
+    """What comes after ``model.`` in every hub name, where the language model is a part of a multimodal one."""
+    also_stored: tuple[Mapping[str, Any], ...] = ()
+    """Other values of these columns that checkpoints on the hub have; :meth:`stored_as` finds the right ones."""
 
     # The rest of the model
     attention: Attention = Attention()
     """What its attention has."""
+    mixer: Mixer | None = None
+    """What the layers have that config.json does not call ``full_attention``; None: all layers have attention."""
+    ties_embeddings: bool = False
+    """Whether a config.json without ``tie_word_embeddings`` means that the embedding is the head too."""
     dense_sources: tuple[str, ...] = ()
     """Dense ``model_type``s whose checkpoints upcycling turns into this family: the same model but for the MLPs."""
 
     # Training
     selection_bias: bool = False
     """Whether the router has a selection bias (``e_score_correction_bias``), in memory and on the hub."""
+    rounds_scores: bool = False
+    """Whether the HF router has its scores in the dtype of the model, and adds 1e-6 to the sum that it divides by."""
     returns_aux_loss: bool = True
     """Whether the HF class returns ``aux_loss`` (DeepSeek's do not: they balance by bias or not at all)."""
     pools_layers: bool = True
@@ -213,6 +272,8 @@ class Family:
     """Why ``deepspeed.moe.layer.MoE`` cannot compute its blocks, whatever config.json says."""
     no_tensor_parallel: str | None = None
     """Why AutoTP cannot split its attention."""
+    no_adapters: str | None = None
+    """Why ``--use_peft`` cannot train an adapter of it."""
     no_sequence_parallel: str | None = None
     """Why Ulysses cannot exchange its heads."""
 
@@ -233,17 +294,54 @@ class Family:
             raise ValueError(f"{self.num_experts_key} = {counts}: there are {blocks} MoE layers")
         return [int(count) for count in counts]
 
+    def attends(self, config: Mapping[str, Any], layer: int) -> bool:
+        """Whether decoder layer ``layer`` has attention, and not :attr:`mixer`."""
+        if self.mixer is None:
+            return True
+        kinds = config.get("layer_types")
+        if kinds is not None:
+            return bool(kinds[layer] == "full_attention")
+        return (layer + 1) % int(config.get("full_attention_interval", 4)) == 0
+
+    def stored_as(self, names: Collection[str]) -> Mapping[str, Any]:
+        """Which of :attr:`also_stored` a checkpoint of these tensors has; empty where the row's own values fit."""
+        for columns in self.also_stored:
+            if self.with_columns(columns)._fits(names):
+                return columns
+        return {}
+
+    def with_columns(self, columns: Mapping[str, Any]) -> Family:
+        """The row with other values in some columns."""
+        return replace(self, **columns)
+
+    def _fits(self, names: Collection[str]) -> bool:
+        """Whether the embedding and some experts have the names that this row gives them."""
+        if self.module_to_hub("model.embed_tokens.weight") not in names:
+            return False
+        experts = r"\d+\." + re.escape(self.hub_expert_names["down"]) + r"\.weight"
+        inside = rf"experts\.{experts}"
+        if self.hub_stacked is not None:
+            inside = re.escape(self.hub_stacked["down"])
+        pattern = re.compile(rf"model\.{re.escape(self.hub_text)}layers\.\d+\.{re.escape(self.hub_block)}\.{inside}")
+        return any(pattern.fullmatch(name) for name in names)
+
     def module_to_hub(self, name: str) -> str:
         """Hub name of a tensor that is not an expert weight."""
-        name = re.sub(r"\.mlp\.gate\.e_score_correction_bias$", f".mlp.{self.hub_bias}", name)
-        if self.hub_block == "mlp":
-            return name
-        return re.sub(r"^(model\.layers\.\d+)\.mlp\.", rf"\1.{self.hub_block}.", name)
+        layer, block, inside = name.partition(f".{self.block}.")
+        if block and re.fullmatch(r"model\.layers\.\d+", layer):
+            renamed = {f"{self.router_module}.weight": self.hub_router, self.bias: self.hub_bias}
+            name = f"{layer}.{self.hub_block}.{renamed.get(inside, inside)}"
+        return re.sub(r"^model\.", f"model.{self.hub_text}", name)
 
     def hub_expert(self, block: str, expert: int, projection: str) -> str:
         """Hub name of one expert matrix; ``block`` is the module path, e.g. ``model.layers.0.mlp``."""
         hub_block = self.module_to_hub(block + ".")
         return f"{hub_block}experts.{expert}.{self.hub_expert_names[projection]}.weight"
+
+    def hub_all_experts(self, block: str, projections: str) -> str:
+        """Hub name of the ``gate_up`` or ``down`` matrices of all experts, where :attr:`hub_stacked` has them."""
+        assert self.hub_stacked is not None
+        return self.module_to_hub(block + ".") + self.hub_stacked[projections]
 
     def renames(self) -> Iterator[tuple[str, str]]:
         """AutoEP or native name -> module name inside the block, beyond router and experts."""
@@ -257,22 +355,44 @@ class Family:
 
     def autoep_to_module(self, name: str) -> str:
         """Module name of an AutoEP or native tensor that is not an expert weight (router, shared experts)."""
-        name = name.replace(f".mlp.{NATIVE_ROUTER}", ".mlp.gate.weight")
-        name = re.sub(r"\.mlp\.router\.gate\.(weight|bias)$", r".mlp.gate.\1", name)
-        name = re.sub(r"\.mlp\.router\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias", name)
+        layer, block, inside = name.partition(f".{self.block}.")
+        if not block:
+            return name
+        if inside == NATIVE_ROUTER:
+            inside = f"{self.router_module}.weight"
+        elif inside == AUTOEP_BIAS:
+            inside = self.bias
+        inside = re.sub(r"^router\.gate\.(weight|bias)$", rf"{self.router_module}.\1", inside)
         for autoep, module in self.renames():
-            name = name.replace(f".mlp.{autoep}.", f".mlp.{module}.")
-        return name
+            if inside.startswith(f"{autoep}."):
+                inside = module + inside.removeprefix(autoep)
+        return f"{layer}{block}{inside}"
+
+    def is_router_alias(self, name: str) -> bool:
+        """Whether AutoEP has the tensor twice: it registers its router under the name of the class, too, so that
+        transformers' output recorders find it."""
+        _, _, inside = name.partition(f".{self.block}.{self.router_module}.")
+        if self.router_module == "router":
+            return False
+        if inside == "e_score_correction_bias":
+            return self.bias != f"{self.router_module}.{inside}"
+        return inside.startswith("gate.")
 
 
 # --- the rows
 
 _MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
+_QWEN_SHARED = SharedExpert(name="shared_expert", gate="shared_expert_gate", size_key="shared_expert_intermediate_size")
 
 _DEEPSEEK_SHARED = SharedExpert(name="shared_experts", size_key="moe_intermediate_size", count_key="n_shared_experts")
 _DEEPSEEK_ATTENTION = Attention(latent=True, bias_key="attention_bias", output_bias=True)
 _ONE_ROTARY_KEY = "its latent attention shares one rotary key among all heads, whose gradient AutoTP does not sum"
+_QWEN_GATED_ATTENTION = Attention(bias_key="attention_bias", output_bias=True, norms="each head", output_gate=True)
+_STACKED = {"gate_up": "experts.gate_up_proj", "down": "experts.down_proj"}
 _NOT_COMPARED = "its attention was not compared with Hugging Face's there"
+_WHOLE_SEQUENCES = "its layers without attention need whole sequences, which Ulysses gives to attention only"
+_NO_PLAN = "AutoTP has no plan for its layers without attention"
+_NO_ADAPTERS = "its adapters were not compared with PEFT's own training there"
 _SIGMOID = "the layer has no sigmoid scores and expert groups"
 _TWO_WIDTHS = "Ulysses exchanges heads of one width, and the queries and values of latent attention have two"
 
@@ -298,9 +418,7 @@ FAMILIES: dict[str, Family] = {
             expert_size_key="moe_intermediate_size",
             moe_layers=every("decoder_sparse_step", but="mlp_only_layers"),
             router=Router(normalise="norm_topk_prob"),
-            shared=SharedExpert(
-                name="shared_expert", gate="shared_expert_gate", size_key="shared_expert_intermediate_size"
-            ),
+            shared=_QWEN_SHARED,
             attention=Attention(bias_key="qkv_bias", bias_default=True),
             dense_sources=("qwen2",),
             mlp_adapters=True,
@@ -433,6 +551,107 @@ FAMILIES: dict[str, Family] = {
             no_sequence_parallel=_NOT_COMPARED,
         ),
         Family(
+            model_type="qwen3_next",  # Qwen3-Next-80B-A3B
+            num_experts_key="num_experts",
+            expert_size_key="moe_intermediate_size",
+            moe_layers=every("decoder_sparse_step", but="mlp_only_layers"),
+            router=Router(normalise="norm_topk_prob"),
+            shared=_QWEN_SHARED,
+            attention=_QWEN_GATED_ATTENTION,
+            mixer="gated delta net of two projections",
+            autoep_preset="qwen3_next",
+            own_preset="Qwen3Next",
+            no_tensor_parallel=_NO_PLAN,
+            no_adapters=_NO_ADAPTERS,
+            no_sequence_parallel=_WHOLE_SEQUENCES,
+        ),
+        Family(
+            model_type="qwen3_5_moe_text",  # the language model of Qwen3.5-35B-A3B and Qwen3.6-35B-A3B
+            num_experts_key="num_experts",
+            expert_size_key="moe_intermediate_size",
+            router=Router(normalise=True),
+            shared=_QWEN_SHARED,
+            # As transformers writes a language model alone. The hub has the multimodal model, its experts stacked.
+            also_stored=(
+                {"hub_text": "language_model.", "hub_stacked": _STACKED},
+                {"hub_text": "language_model."},
+                {"hub_stacked": _STACKED},
+            ),
+            attention=_QWEN_GATED_ATTENTION,
+            mixer="gated delta net",
+            autoep_preset="qwen3_5_moe",
+            own_preset="Qwen3_5Moe",
+            no_tensor_parallel=_NO_PLAN,
+            no_adapters=_NO_ADAPTERS,
+            no_sequence_parallel=_WHOLE_SEQUENCES,
+        ),
+        Family(
+            model_type="minimax_m2",  # MiniMax-M2
+            num_experts_key="num_local_experts",
+            expert_size_key="intermediate_size",
+            router=Router(score="sigmoid", normalise=True),
+            bias="e_score_correction_bias",
+            hub_block="block_sparse_moe",
+            hub_expert_names=_MIXTRAL_NAMES,
+            hub_bias="e_score_correction_bias",
+            attention=Attention(norms="all heads"),
+            selection_bias=True,
+            fp32_scores=True,
+            autoep_preset="minimax_m2",
+            own_preset="MiniMaxM2",
+            no_native_layers="the layer has no sigmoid scores",
+            no_tensor_parallel="it normalises queries and keys over all heads together, and a peer has only its own",
+            no_adapters=_NO_ADAPTERS,
+            no_sequence_parallel=_NOT_COMPARED,
+        ),
+        Family(
+            model_type="granitemoe",  # Granite 3.x MoE
+            num_experts_key="num_local_experts",
+            expert_size_key="intermediate_size",
+            router=Router(normalise=True),
+            block="block_sparse_moe",
+            router_module="router",
+            hub_block="block_sparse_moe",
+            hub_stacked={"gate_up": "input_linear.weight", "down": "output_linear.weight"},
+            hub_router="router.layer.weight",
+            attention=Attention(bias_key="attention_bias", output_bias=True),
+            autoep_preset="granitemoe",
+            own_preset="GraniteMoe",
+            no_native_layers="its router has another name and answers in another order than the layer expects",
+            no_tensor_parallel=_NOT_COMPARED,
+            no_adapters=_NO_ADAPTERS,
+            no_sequence_parallel=_NOT_COMPARED,
+        ),
+        Family(
+            model_type="lfm2_moe",  # LFM2-8B-A1B
+            num_experts_key="num_experts",
+            expert_size_key="moe_intermediate_size",
+            moe_layers=after("num_dense_layers", default=2),
+            router=Router(score="sigmoid", normalise="norm_topk_prob"),
+            block="feed_forward",
+            bias="expert_bias",
+            layer_names=LayerNames(
+                before_attention="operator_norm", before_mlp="ffn_norm", final="embedding_norm", mlp=("w1", "w3", "w2")
+            ),
+            hub_block="feed_forward",
+            hub_expert_names=_MIXTRAL_NAMES,
+            hub_bias="expert_bias",
+            attention=Attention(
+                norms="each head", names=AttentionNames(output="out_proj", norms=("q_layernorm", "k_layernorm"))
+            ),
+            mixer="short convolution",
+            ties_embeddings=True,
+            selection_bias=True,
+            rounds_scores=True,
+            returns_aux_loss=False,
+            autoep_preset="lfm2_moe",
+            own_preset="Lfm2Moe",
+            no_native_layers="the layer has no sigmoid scores",
+            no_tensor_parallel=_NO_PLAN,
+            no_adapters=_NO_ADAPTERS,
+            no_sequence_parallel=_WHOLE_SEQUENCES,
+        ),
+        Family(
             model_type="prmoe",  # arXiv 2201.05596; ours: moe_models/prmoe.py registers it with transformers
             num_experts_key="num_local_experts",
             expert_size_key="intermediate_size",
@@ -462,4 +681,4 @@ def moe_blocks(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
     """Module paths of the MoE blocks that a model with this ``config.json`` has, in order."""
     for layer in range(int(config["num_hidden_layers"])):
         if family.moe_layers(config, layer):
-            yield f"model.layers.{layer}.mlp"
+            yield f"model.layers.{layer}.{family.block}"

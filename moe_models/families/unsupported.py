@@ -16,7 +16,6 @@ UNSUPPORTED: dict[str, str] = {
     "gemma4_text": "it has no MoE block: router and experts are in the decoder layer, beside a dense MLP",
     "gpt_oss": "AutoEP would lose the biases of its experts, whose gate and up are interleaved",
     "hunyuan_v1_moe": "its router's weight is a module deeper (gate.wg), where AutoEP does not find it",
-    "lfm2_moe": "AutoEP would lose its selection bias (expert_bias)",
     "llama4": "its router's scores weigh the input of the experts, and its block returns them beside its output",
     "llama4_text": "its router's scores weigh the input of the experts, and its block returns them beside its output",
     "nemotron_h": "its experts have no gate (squared ReLU), and its layers are no attention-and-MLP pairs",

@@ -138,11 +138,15 @@ def _saved_width(case: Case) -> int:
     #    fp32 copy of it (two bf16 elements) and the normalized bf16.
     norm = 1 if case.liger else 3
     width = 2 * (norm + 1) * sizes.hidden
-    width += (queries + keys + values + outputs) // tp
+    attends = sizes.attention_layers / layers  # share of the layers
+    width += int(attends * (queries + keys + values + outputs)) // tp
 
-    # 2. Norms of queries and keys, where the family has them.
-    if any(name.endswith("q_norm.weight") for name, _ in sizes.dense):
-        width += norm * (queries + keys) // tp
+    # 2. Norms of queries and keys, where the family has them, and the gate of the heads' output.
+    if any(name.endswith(("q_norm.weight", "q_layernorm.weight")) for name, _ in sizes.dense):
+        width += int(attends * norm * (queries + keys)) // tp
+    gates = sum(shape[0] - queries for name, shape in sizes.dense if name.endswith("self_attn.q_proj.weight"))
+    if not sizes.latent:
+        width += 2 * gates // layers // tp
 
     # 3. The low ranks of latent attention and their norms.
     ranks = 0
@@ -152,8 +156,14 @@ def _saved_width(case: Case) -> int:
     width += (norm + 1) * ranks // layers
 
     # 4. Dense MLPs and shared experts: gate, silu(gate), up and the product.
-    inner = sum(shape[0] for name, shape in sizes.dense if name.endswith("gate_proj.weight"))
+    inner = sum(
+        shape[0] for name, shape in sizes.dense if name.endswith(("gate_proj.weight", "feed_forward.w1.weight"))
+    )
     width += 4 * inner // layers // tp
+
+    # 5. What has no attention: its projections, before and after the convolution. An estimate: nobody measured it.
+    projected = sum(shape[0] for name, shape in sizes.dense if ".linear_attn.in_proj" in name or ".conv.in_" in name)
+    width += 2 * projected // layers // tp
     return width
 
 

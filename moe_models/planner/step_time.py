@@ -207,7 +207,7 @@ def _combine_kind(case: Case) -> str:
 def _normed_elements(sizes: ModelSizes) -> int:
     """Elements of one token that pass an RMSNorm or RoPE, all layers together."""
     # 1. RoPE turns queries and keys.
-    elements = sizes.layers * (sizes.heads + sizes.kv_heads) * sizes.head_dim
+    elements = sizes.attention_layers * (sizes.heads + sizes.kv_heads) * sizes.head_dim
 
     # 2. Norms. A norm of queries or keys that is as wide as one head is used for every head.
     heads = {"q_norm": sizes.heads, "k_norm": sizes.kv_heads}

@@ -175,7 +175,7 @@ class ZeroStates:
         tensors: list[int] = []
         for (name, _), numel in zip(self.sizes.dense, self.dense_tensors, strict=True):
             tensors.append(numel)
-            if name.endswith(".mlp.gate.weight"):
+            if name.endswith(self.sizes.router_weight):
                 tensors += self.layer_expert_tensors
         return tuple(tensors)
 

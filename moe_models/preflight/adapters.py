@@ -104,6 +104,9 @@ def adapter_problems(given: Any, model_config: Mapping[str, Any], ds: DsConfig |
     family = family_of(model_config)
     if family is None:  # check_run says so
         return
+    if family.no_adapters is not None:
+        yield _no_adapters(family)
+        return
     if given.model_name_or_path is None:
         yield "--use_peft: adapters are trained on a model that exists; train the new model whole, or use finetune.py"
     if model_config.get("quantization_config"):
@@ -142,9 +145,15 @@ def plan_problems(given: Any, model_config: Mapping[str, Any]) -> Iterator[str]:
     if getattr(given, "use_liger_kernel", False):  # recipes/check.py has no such flag
         yield "--use_liger_kernel with --use_peft: not tested here; drop one of them"
     family = family_of(model_config)
-    if family is not None:
+    if family is not None and family.no_adapters is not None:
+        yield _no_adapters(family)
+    elif family is not None:
         modules, parameters = (_words(value) for value in targets.values())
         yield from _target_problems(modules, parameters, family, model_config)
+
+
+def _no_adapters(family: Family) -> str:
+    return f"--use_peft with model_type = {family.model_type}: {family.no_adapters}; train the whole model"
 
 
 def _shape_problems(given: Any) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_models.engine.blocks import find_blocks
+from moe_models.engine.blocks import find_blocks, plain_routing
 
 ROW = 480
 """Most tokens of one forward pass; a longer document is cut into several."""
@@ -55,7 +55,7 @@ def record(
 
     def listen(layer: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
-            _, weights_TK, choices_TK = output
+            _, weights_TK, choices_TK = plain_routing(output)
             weights_TK, order_TK = weights_TK.float().sort(-1, descending=True)  # DeepSeek's come unsorted
             choices_TK = choices_TK.gather(-1, order_TK)
             weights_of_layer[layer].append(weights_TK.cpu())

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from moe_models.config.moe_section import Balance
 from moe_models.disk import full_line, is_full
-from moe_models.engine.blocks import find_blocks, score_function
+from moe_models.engine.blocks import find_blocks
 from moe_models.errors import warn
 from moe_models.families.table import Family
 from moe_models.files import append
@@ -78,7 +78,7 @@ class Routing(TrainerCallback):
         self._group = groups._get_sequence_data_parallel_group() if dist.is_initialized() else None
         self._peers = peers
         experts = self._family.expert_counts(self._config)
-        score_func = score_function(blocks[0])
+        score_func = self._family.router.score
 
         # 2. The counters, always.
         paths = [block.path for block in blocks]

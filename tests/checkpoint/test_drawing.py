@@ -52,7 +52,7 @@ def test_the_same_numbers(family: str, precision: str, here: Path) -> None:
     assert not list(here.glob("moe-recipes-*"))
     assert sorted(ours) == sorted(drawn_in_memory)
     for name, tensor in drawn_in_memory.items():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith("e_score_correction_bias") and family != "minimax_m2":  # whose class has it in bf16
             assert ours[name].dtype == torch.float32, "as in a model that is read; from_config makes it bf16"
             assert not ours[name].any()
         else:

@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moe_models.checkpoint.export import hub_plan
 from moe_models.checkpoint.hf_folder import ExportError
 from moe_models.checkpoint.origin import Origin, compare, noted_origin, read_origin, refuse_unchanged
+from moe_models.families.config_json import read_model_config
 from moe_models.families.table import FAMILIES
 from tests.support import parity, roundtrip
 from tests.support.cluster import Cluster
-from tests.support.tiny import make_model, save_tiny
+from tests.support.tiny import make_model, save_multimodal, save_tiny
 
 LEFT_OVER = {
     "model.visual.patch_embed.weight": torch.arange(24, dtype=torch.bfloat16).view(4, 6),
@@ -189,3 +190,61 @@ def test_the_plan_and_the_origin_name_tensors_alike(tmp_path: Path) -> None:
         config = AutoConfig.from_pretrained(tmp_path / model_type)
         planned = {name for entry in hub_plan(FAMILIES[model_type], config) for name in entry.hub}
         assert planned == set(origin.tensors), model_type
+
+
+# ------------------------------------------------------------------------------------- a part of a multimodal model
+
+
+def test_the_language_model_of_a_multimodal_one(tmp_path: Path) -> None:
+    """Its names, its experts in one tensor, and nothing of what it left on the disk forgotten."""
+    source = save_multimodal(tmp_path)
+    config = AutoConfig.from_pretrained(source).get_text_config()
+    family = FAMILIES[config.model_type]
+    origin = read_origin(source, family, config)
+    assert origin is not None
+    stored = load_file(source / "model.safetensors")
+    left_over = {name for name in stored if name.startswith(("model.visual.", "mtp."))}
+    assert set(origin.left_over) == left_over
+    planned = {name for entry in hub_plan(family.with_columns(origin.stored_as), config) for name in entry.hub}
+    assert planned == set(stored) - left_over
+    assert read_model_config(source) == json.loads((source / "config.json").read_text())["text_config"]
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize(
+    ("stage", "world_size", "ep_size"), [pytest.param(1, 2, 2, marks=pytest.mark.daily), (3, 2, 2), (3, 2, None)]
+)
+def test_a_multimodal_model_comes_back_whole(
+    stage: int, world_size: int, ep_size: int | None, clusters: Callable[[int], Cluster], tmp_path: Path
+) -> None:
+    """Trained in its language model only; live and from a checkpoint; its own class reads it, no key missing."""
+    from transformers import Qwen3_5MoeForConditionalGeneration
+
+    from recipes.export import export_checkpoint
+
+    source = save_multimodal(tmp_path / "source", dtype="float32")
+    arguments = (train_and_compare, str(source), str(tmp_path / "run"), parity.ds_config(stage, ep_size))
+    compared = clusters(world_size).run(*arguments, 1e-3)[0]
+    assert not isinstance(compared, str), compared
+    stored, trained = load_file(source / "model.safetensors"), roundtrip.load_tensors(tmp_path / "run" / "model")
+    assert compared.renamed == 0
+    assert {name: tensor.shape for name, tensor in trained.items()} == {name: t.shape for name, t in stored.items()}
+    for name, tensor in stored.items():
+        beside = name.startswith(("model.visual.", "mtp."))
+        assert torch.equal(trained[name], tensor) == beside, name
+
+    model, info = Qwen3_5MoeForConditionalGeneration.from_pretrained(
+        tmp_path / "run" / "model", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    experts = model.model.language_model.layers[0].mlp.experts.gate_up_proj
+    assert torch.equal(experts, trained["model.language_model.layers.0.mlp.experts.gate_up_proj"])
+    config, config_before = (
+        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "run" / "model", source)
+    )
+    assert config["architectures"] == config_before["architectures"]
+    assert config["vision_config"] == config_before["vision_config"]
+    assert (tmp_path / "run" / "model" / "preprocessor_config.json").exists()
+
+    export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "offline", "5GB")
+    assert roundtrip.files_of(tmp_path / "offline") == roundtrip.files_of(tmp_path / "run" / "model")

@@ -11,7 +11,7 @@ import torch
 
 from moe_models.config.moe_section import MoeLayer
 from moe_models.engine import blocks
-from moe_models.engine.blocks import Block, find_blocks, own_bias, parameter_names, score_function
+from moe_models.engine.blocks import Block, find_blocks, own_bias, parameter_names
 from moe_models.engine.native import register_deepspeed_moe
 from moe_models.engine.plain_transformers import without_zero3
 from moe_models.families.table import FAMILIES
@@ -83,7 +83,6 @@ def test_one_process(kind: str, model_type: str, changes: dict[str, Any]) -> Non
         assert block.ep_size == 1
         assert block.ep_group is None
         assert torch.equal(block.router.weight, source.get_submodule(block.path).gate.weight)
-        assert score_function(block) == "softmax"
     assert differences(model, source) == []
 
 
@@ -130,13 +129,28 @@ def test_a_swapped_pair_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bias_that_is_part_of_the_model() -> None:
     model = plain("deepseek_v3")
     (block,) = find_blocks(model)
-    assert score_function(block) == "sigmoid"
     before = own_bias(block)
     assert before is not None
     assert before.abs().max() > 0
     bias_E = torch.arange(8.0)
     block.set_bias(bias_E)
     assert model.model.layers[1].mlp.gate.e_score_correction_bias is bias_E
+
+
+@pytest.mark.parametrize(
+    ("model_type", "place"),
+    [("minimax_m2", "mlp.e_score_correction_bias"), ("lfm2_moe", "feed_forward.expert_bias")],
+)
+def test_a_bias_of_the_block(model_type: str, place: str) -> None:
+    model = plain(model_type)
+    block = find_blocks(model)[0]
+    before = own_bias(block)
+    assert before is not None
+    assert before.abs().max() > 0
+    bias_E = torch.arange(8.0)
+    block.set_bias(bias_E)
+    layer = block.path.split(".")[2]
+    assert dict(model.named_buffers())[f"model.layers.{layer}.{place}"] is bias_E
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -15,11 +15,16 @@ from tests.support.tiny import TINY
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((model_type, TINY[model_type]) for model_type in sorted(TINY)),
-    # The class's own defaults: the size of a released model. dots1's has no number of experts.
-    *((model_type, {}) for model_type in sorted(set(TINY) - {"dots1"})),
+    # The class's own defaults: the size of a released model. dots1's has no number of experts, lfm2_moe's
+    # no kinds of layers.
+    *((model_type, {}) for model_type in sorted(set(TINY) - {"dots1", "lfm2_moe"})),
     ("glm4_moe", {**TINY["glm4_moe"], "use_qk_norm": False, "attention_bias": False}),
     ("dots1", {**TINY["dots1"], "attention_bias": True}),
     ("exaone_moe", {**TINY["exaone_moe"], "mlp_layer_types": None, "first_k_dense_replace": 0}),
+    ("qwen3_next", {**TINY["qwen3_next"], "attention_bias": True, "mlp_only_layers": [1]}),
+    ("qwen3_5_moe_text", {**TINY["qwen3_5_moe_text"], "attention_bias": True, "linear_conv_kernel_dim": 3}),
+    ("granitemoe", {**TINY["granitemoe"], "attention_bias": True, "num_key_value_heads": None}),
+    ("lfm2_moe", {**TINY["lfm2_moe"], "conv_bias": True, "tie_word_embeddings": True}),
     ("mixtral", {**TINY["mixtral"], "head_dim": 6, "tie_word_embeddings": True}),
     ("qwen2_moe", {**TINY["qwen2_moe"], "qkv_bias": False, "decoder_sparse_step": 2}),
     ("qwen3_moe", {**TINY["qwen3_moe"], "attention_bias": True}),
@@ -44,7 +49,7 @@ def meta_parameters(model_type: str, overrides: dict[str, Any]) -> tuple[dict[st
 @pytest.mark.parametrize(("model_type", "overrides"), VARIANTS)
 def test_every_parameter_has_its_name_and_shape(model_type: str, overrides: dict[str, Any]) -> None:
     real, config = meta_parameters(model_type, overrides)
-    experts = {name: shape for name, shape in real.items() if ".mlp.experts." in name}
+    experts = {name: shape for name, shape in real.items() if ".experts." in name}
     sizes = model_sizes(config)
     assert dict(sizes.dense) == {name: shape for name, shape in real.items() if name not in experts}
     assert len(dict(sizes.dense)) == len(sizes.dense)
@@ -111,6 +116,28 @@ _GLM: dict[str, Any] = {
 def test_released_models_have_their_published_size(billions: int, config: dict[str, Any]) -> None:
     sizes = model_sizes(config)
     assert (sizes.dense_params + sizes.expert_params) / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+# (model_type, billions in all, active ones, what they count of embedding and head). OpenAI's card has two decimals and
+# counts the head. Qwen's and Zhipu's names have one digit, and do not say what it counts.
+PUBLISHED = [
+    ("qwen3_next", 80, 3, "neither"),  # Qwen3-Next-80B-A3B
+    ("qwen3_5_moe_text", 35, 3, "head"),  # Qwen3.6-35B-A3B, of which vision and prediction layers are 1 billion more
+    ("glm4_moe_lite", 30, 3, "neither"),  # GLM-4.7-Flash, 30B-A3B
+]
+
+
+@pytest.mark.parametrize(("model_type", "billions", "active", "counted"), PUBLISHED)
+def test_the_models_that_people_train_have_their_published_size(
+    model_type: str, billions: float, active: float, counted: str
+) -> None:
+    """The defaults of transformers' config classes are the released models."""
+    from transformers import AutoConfig
+
+    sizes = model_sizes(AutoConfig.for_model(model_type).to_dict())
+    assert (sizes.dense_params + sizes.expert_params) / 1e9 == pytest.approx(billions, rel=0.01)
+    left_out = {"neither": 2, "head": 1}[counted] * sizes.head_params
+    assert round((sizes.active_params - left_out) / 1e9) == active
 
 
 def test_what_cannot_be_read() -> None:

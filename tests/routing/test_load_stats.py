@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from moe_models.families.table import FAMILIES
 from moe_models.routing.load import LOGGED, LayerLoad, layer_load, overall
 from tests.support import parity
 from tests.support.cluster import Cluster
+from tests.support.report import routers
 from tests.support.tiny import TINY
 
 STEPS = 3
@@ -64,12 +66,17 @@ def recount(source: Path, model_type: str, batches: list[dict]) -> tuple[list[li
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     E = TINY[model_type].get("num_local_experts") or TINY[model_type].get("num_experts") or 8
-    gates = [m for name, m in model.named_modules() if name.endswith("mlp.gate")]
+    gates = routers(model)
+    sigmoid = FAMILIES[model_type].router.score == "sigmoid"
     seen: dict[int, list[Any]] = {index: [] for index in range(len(gates))}
+
+    def note(module: Any, inputs: Any, output: Any, index: int) -> None:
+        first, _, last = output
+        logits, choices = (first, last) if first.is_floating_point() else (last, first)
+        seen[index].append((logits.tolist(), choices.tolist()))
+
     for index, gate in enumerate(gates):
-        gate.register_forward_hook(
-            lambda module, inputs, output, index=index: seen[index].append((output[0].tolist(), output[2].tolist()))
-        )
+        gate.register_forward_hook(partial(note, index=index))
     with torch.no_grad():
         for batch in batches:
             model(**{key: torch.tensor(value) for key, value in batch.items()})
@@ -82,7 +89,7 @@ def recount(source: Path, model_type: str, batches: list[dict]) -> tuple[list[li
                 for expert in token:
                     counts[index][expert] += 1
             for row in logits:
-                weights = [1 / (1 + math.exp(-x)) if model_type == "deepseek_v3" else math.exp(x) for x in row]
+                weights = [1 / (1 + math.exp(-x)) if sigmoid else math.exp(x) for x in row]
                 shares = [weight / sum(weights) for weight in weights]
                 per_token.append(-sum(p * math.log(p) for p in shares if p > 0) / math.log(E))
         entropies.append(sum(per_token) / len(per_token))
@@ -145,14 +152,16 @@ def test_counters_equal_a_recount(
     check(clusters(world_size), source, "mixtral", tmp_path, stage, ep_size, accumulation, checkpointing)
 
 
-LIKE_DEEPSEEK = {"dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite"}
+LIKE_OTHERS = {
+    "dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite", "lfm2_moe", "minimax_m2", "qwen3_5_moe_text", "qwen3_next",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "model_type",
     [
-        *sorted(set(TINY) - LIKE_DEEPSEEK - {"mixtral"}),
-        *(pytest.param(name, marks=pytest.mark.conformance) for name in sorted(LIKE_DEEPSEEK)),
+        *sorted(set(TINY) - LIKE_OTHERS - {"mixtral"}),
+        *(pytest.param(name, marks=pytest.mark.conformance) for name in sorted(LIKE_OTHERS)),
     ],
 )
 @pytest.mark.parametrize("ep_size", [pytest.param(None, marks=pytest.mark.conformance), 2])

@@ -82,9 +82,10 @@ def build_trainer(
     """A MoETrainer on this rank, as recipes/finetune.py builds it, that records the batches it consumes."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from trl import SFTConfig
 
+    from moe_models.checkpoint.expected import keep_in_fp32
     from moe_models.config.moe_section import Balance
     from moe_models.engine.cpu import join_cpu_ranks
     from moe_models.engine.library_globals import forget_engines
@@ -124,6 +125,7 @@ def build_trainer(
         accelerator_config=join_cpu_ranks(),
     )
     if model is None:
+        keep_in_fp32(AutoConfig.from_pretrained(source))
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     if "layer" in moe:
         from moe_models.config.moe_section import MoeLayer

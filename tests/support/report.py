@@ -32,18 +32,25 @@ def save_run(folder: Path, steps: Iterable[int], layers: int, experts: int, ep_s
     return counts
 
 
+def routers(model: Any) -> list[Any]:
+    """The routers of a Hugging Face model, in layer order."""
+    names = ("mlp.gate", "feed_forward.gate", "block_sparse_moe.router", "mlp.router")
+    return [module for name, module in model.named_modules() if name.endswith(names)]
+
+
 def choices_of(checkpoint: Path, rows: list[list[int]]) -> list[list[list[dict[int, float]]]]:
     """[layer][row][token] -> {expert: weight}, from the routers of plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
-    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    gates = routers(model)
     seen: list[list[list[dict[int, float]]]] = [[] for _ in gates]
 
     def listen(layer: int) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> None:
-            pairs = zip(output[2].tolist(), output[1].tolist(), strict=True)
+            choices = output[2] if output[0].is_floating_point() else output[0]  # GraniteMoE's comes first
+            pairs = zip(choices.tolist(), output[1].tolist(), strict=True)
             seen[layer].append([dict(zip(experts, weights, strict=True)) for experts, weights in pairs])
 
         return hook

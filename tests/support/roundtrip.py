@@ -9,22 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moe_models.families.table import Family
 from tests.support import parity
-from tests.support.tiny import make_model
+from tests.support.tiny import SELECTION_BIASES, make_model
 
 AWKWARD_BIAS = 5.0
 """Routing biases near this value and 0.001 apart: bf16 would give all of them the same value."""
 
 
 def save_source(folder: Path, model_type: str, dtype: str = "float32", **overrides: Any) -> Path:
-    """A random checkpoint as a hub would hold it: in ``dtype``, the routing bias in fp32."""
+    """A random checkpoint as a hub would hold it: in ``dtype``, the routing bias in fp32 where the class has it so."""
     import torch
 
+    from moe_models.checkpoint.expected import kept_in_fp32
+
     model = make_model(model_type, **overrides).to(getattr(torch, dtype))
+    fp32 = kept_in_fp32(model.config)
     for name, buffer in list(model.named_buffers()):
-        if name.endswith("e_score_correction_bias"):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            owner.e_score_correction_bias = AWKWARD_BIAS + 1e-3 * torch.arange(buffer.numel(), dtype=torch.float32)
+        if name.endswith(SELECTION_BIASES) and fp32 is not None and fp32.search(name):
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner)._buffers[key] = AWKWARD_BIAS + 1e-3 * torch.arange(
+                buffer.numel(), dtype=torch.float32
+            )
     model.save_pretrained(folder)
     return folder
 
@@ -39,6 +45,18 @@ def load_tensors(folder: Path | str) -> dict[str, Any]:
             assert name not in tensors, f"{name} is in two shards"
             tensors[name] = tensor
     return tensors
+
+
+def count_apart(tensors: dict[str, Any], family: Family) -> int:
+    """Tensors of a folder, each expert's counted apart: what a proof says."""
+    stacked = family.hub_stacked or {}
+    count = len(tensors)
+    for name, tensor in tensors.items():
+        if "gate_up" in stacked and name.endswith(stacked["gate_up"]):
+            count += 2 * len(tensor) - 1
+        elif "down" in stacked and name.endswith(stacked["down"]):
+            count += len(tensor) - 1
+    return count
 
 
 def assert_same_tensors(ours: Path | str, source: Path | str) -> None:
@@ -79,9 +97,10 @@ def make_engine(
     """An engine on this rank without a Trainer around it (quicker); the model comes in as recipes load it."""
     import deepspeed
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    from moe_models.checkpoint.expected import keep_in_fp32
     from moe_models.engine.autoep import register_presets, restore_rotary_buffers
     from moe_models.engine.library_globals import forget_engines
 
@@ -96,6 +115,7 @@ def make_engine(
         config["expert_parallel"] = {"enabled": True, "autoep_size": ep_size}
     if tensor_parallel is not None:
         config["tensor_parallel"] = tensor_parallel
+    keep_in_fp32(AutoConfig.from_pretrained(source))
     keeper = HfDeepSpeedConfig(copy.deepcopy(config))  # from_pretrained partitions under ZeRO-3 while this lives
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     for name, parameter in model.named_parameters():

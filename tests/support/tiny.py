@@ -39,6 +39,22 @@ _SIGMOID = {
     "first_k_dense_replace": 1,
     "norm_topk_prob": True,
 }
+_DELTA_NET = {
+    "head_dim": 8,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "num_experts": 8,
+    "num_experts_per_tok": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    # The state of a gated delta net is kept over the sequence: with 0.2 a rounding error of 1e-7 in the weights moves
+    # the gradient norm of Hugging Face's own model by 1e-4 in five steps, with this by 3e-7.
+    "initializer_range": 0.05,
+    "router_aux_loss_coef": 0.02,
+}
 TINY: dict[str, dict[str, Any]] = {
     "mixtral": {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02},
     "qwen2_moe": {
@@ -117,7 +133,41 @@ TINY: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "mlp_layer_types": ["dense", "sparse"],
     },
+    "qwen3_next": {**_BASE, **_DELTA_NET, "norm_topk_prob": True, "mlp_only_layers": []},
+    "qwen3_5_moe_text": {**_BASE, **_DELTA_NET},
+    "minimax_m2": {
+        **_BASE,
+        "head_dim": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.02,
+    },
+    "granitemoe": {
+        **_BASE,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 4,
+        "router_aux_loss_coef": 0.02,
+        "embedding_multiplier": 1.5,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+    },
+    "lfm2_moe": {
+        **_BASE,
+        "num_hidden_layers": 3,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "routed_scaling_factor": 1.5,
+        "norm_topk_prob": True,
+        "use_expert_bias": True,
+        "tie_word_embeddings": False,
+    },
 }
+SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
+"""How the names of selection biases end."""
 
 
 def make_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
@@ -129,7 +179,7 @@ def make_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     config = AutoConfig.for_model(model_type, **{**TINY[model_type], **overrides})
     model = AutoModelForCausalLM.from_config(config)
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # zeros would hide a lost bias
+        if name.endswith(SELECTION_BIASES):  # zeros would hide a lost bias
             buffer.copy_(torch.linspace(-0.1, 0.1, buffer.numel()))
     return model
 
@@ -139,4 +189,36 @@ def save_tiny(folder: Path, model_type: str, seed: int = 0, *, dtype: str = "flo
     import torch
 
     make_model(model_type, seed, **overrides).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def save_multimodal(folder: Path, seed: int = 0, dtype: str = "bfloat16") -> Path:
+    """A tiny Qwen3.5-MoE as the hub has it: experts stacked, a vision tower, and a layer for multi-token prediction.
+
+    ``save_pretrained`` would take the experts apart, and has nothing to say of multi-token prediction.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+
+    torch.manual_seed(seed)
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+    }
+    config = Qwen3_5MoeConfig(text_config=TINY["qwen3_5_moe_text"], vision_config=vision)
+    model = Qwen3_5MoeForConditionalGeneration(config).to(getattr(torch, dtype))
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors["mtp.fc.weight"] = torch.randn(32, 64, dtype=getattr(torch, dtype))
+    tensors["mtp.layers.0.mlp.experts.gate_up_proj"] = torch.randn(8, 48, 32, dtype=getattr(torch, dtype))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = ["Qwen3_5MoeForConditionalGeneration"]
+    config.dtype = getattr(torch, dtype)
+    config.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessorFast"}\n')
     return folder

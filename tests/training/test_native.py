@@ -25,6 +25,12 @@ EXPRESSIBLE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """(family, config changes) of one checkpoint for each number of experts per token that the layer can express."""
 
+SAME_BLOCK: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next-k4-shared": ("qwen3_next", {}),
+    "qwen3_5_moe-k4-shared": ("qwen3_5_moe_text", {}),
+}
+"""Families with the block of qwen2_moe: the conformance run only."""
+
 
 def native_config(stage: int, ep_size: int, **layer: Any) -> dict[str, Any]:
     return parity.ds_config(stage, None, moe={"layer": {"ep_size": ep_size, **layer}})
@@ -38,7 +44,7 @@ def native_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
     def get(name: str) -> Path:
         if name not in made:
-            model_type, changes = EXPRESSIBLE[name]
+            model_type, changes = {**EXPRESSIBLE, **SAME_BLOCK}[name]
             made[name] = save_tiny(tmp_path_factory.mktemp(name), model_type, **changes)
         return made[name]
 
@@ -48,12 +54,13 @@ def native_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 def matrix() -> list[Any]:
     """Checkpoint x ZeRO stage x layout x accumulation: half of them for Mixtral, a changing quarter for each other."""
     cases = []
-    for number, name in enumerate(EXPRESSIBLE):
+    for number, name in enumerate((*EXPRESSIBLE, *SAME_BLOCK)):
         for stage in (1, 2):
             for index, (world_size, ep_size) in enumerate([(2, 1), (2, 2), (4, 2), (4, 4)]):
                 for accumulation in (1, 2):
                     turn = number + stage + index + 2 * accumulation
                     default = (turn // 2) % 2 == 0 if name.startswith("mixtral") else turn % 4 == 0
+                    default = default and name in EXPRESSIBLE
                     marks = [pytest.mark.conformance] + [pytest.mark.daily] * default
                     case = f"{name}-zero{stage}-{world_size}ranks-ep{ep_size}-acc{accumulation}"
                     values = (name, stage, world_size, ep_size, accumulation)

@@ -14,6 +14,7 @@ import torch
 from deepspeed.module_inject.auto_ep_comm import COMM_BACKEND
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, compute_split_plan
 from deepspeed.moe.ep_experts import GroupedExperts
+from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import nn
 
 from moe_models.config.moe_section import Dispatch, resolve_dispatch
@@ -93,6 +94,8 @@ def why_not(layer: Any) -> str | None:
         return "this GPU has no grouped product that does without the host (compute capability below 9.0)"
     if type(experts) is not GroupedExperts:
         return f"its experts are {type(experts).__name__}"
+    if type(layer.router) not in (TokenChoiceTopKRouter, FusedRouter):
+        return f"its router is {type(layer.router).__name__}"
     return None
 
 
