@@ -59,7 +59,8 @@ def test_an_export_is_proven_by_plain_transformers(
     results = clusters(2).run(train_with_kernels, source, str(tmp_path), False)
     for _, calls, in_place in results:
         assert in_place
-        assert calls == 2 * (parity.STEPS + 1)  # two layers; five steps and the probe of the export
+        # Two layers; five steps, the check of the conversion before them and the probe of the export after them.
+        assert calls == 2 * (parity.STEPS + 2)
     assert results[0][0]["proof"].same_top1 == 1.0
 
 
