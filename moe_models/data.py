@@ -160,6 +160,36 @@ def warnings_for_rows(given: Any, prepared: Any, args: Any) -> list[str]:
     return lines
 
 
+def check_assistant_marks(tokenizer: Any, name: str, chat_template_path: str | None = None) -> None:
+    """Raise UserError if ``--assistant_only_loss`` cannot know the assistant's turns of model ``name``.
+
+    TRL brings templates with marks for those that it knows. It would say so after the weights are read.
+    """
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    template = tokenizer.chat_template
+    if chat_template_path:
+        path = Path(chat_template_path)
+        if not path.is_file():  # another model's tokenizer; TRL reads it
+            return
+        template = path.read_text(encoding="utf-8")
+        name = chat_template_path
+    if template is None or has_generation_markers(template):
+        return
+    if not chat_template_path:
+        try:
+            get_training_chat_template(tokenizer)
+        except ValueError:
+            pass
+        else:
+            return
+    raise UserError(
+        f"--assistant_only_loss: the chat template of {name} does not mark what the assistant says "
+        "({% generation %} ... {% endgeneration %}), and TRL knows no version that does; give one with "
+        "--chat_template_path FILE, use data with prompt and completion, or drop the flag"
+    )
+
+
 def check_chat_template(tokenizer: Any, rows: Any, name: str) -> None:
     """Raise UserError if the rows are conversations and the tokenizer of model ``name`` cannot write them as text."""
     from trl.data_utils import is_conversational

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from config_file import with_config
 from moe_models.errors import Problems, UserError, one_line, tell, warn
 from moe_models.ranks import rank, ranks_per_node, several_nodes, world_size
 
@@ -89,8 +90,11 @@ def read_command_line(words: list[str], about: str = "", flags: ModelFlags = FRO
     """
     # 1. Parse and check.
     words = [word for word in words if not word.startswith("--local_rank")]  # the launcher adds it
+    words, wrong_config = with_config(words)
+    if wrong_config and not several_nodes():  # nothing else can be judged
+        raise UserError(wrong_config)
     check_here = check_with_other_nodes if several_nodes() else check
-    parser, given, ds, model_config = check_here(words, about, flags)
+    parser, given, ds, model_config = check_here(words, about, flags, wrong_config)
 
     from moe_models.engine.cpu import adapt_for_cpu, join_cpu_ranks, on_cpu
     from moe_models.engine.seams import check_seams
@@ -151,12 +155,16 @@ def start_warnings(ds: Any, model_config: Mapping[str, Any], args: Any, *, on_gp
     return list(warnings_for_run(ds, model_config, world_size(), ranks_per_node(), on_gpu=on_gpu, work=work))
 
 
-def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, Any, dict[str, Any]]:
+def check(
+    words: list[str], about: str, flags: ModelFlags, found: Sequence[str] = ()
+) -> tuple[Any, Any, Any, dict[str, Any]]:
     """(parser, parsed flags, checked JSON, the model's config.json), or UserError with every problem found.
 
     Paths come first, for they need no import that takes seconds: their problems are reported at once, and the rest
-    follows.
+    follows. ``found``: problems that were found before.
     """
+    if found:
+        raise UserError(found)
     # 1. Paths. On several nodes nothing is reported yet: they first look whose problems these are.
     paths, model_config, json_is_sound = check_paths(words, flags)
     told = not several_nodes() and tell(paths.lines, rank=rank())
@@ -190,7 +198,9 @@ def check(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, Any, An
     return parser, given, ds, model_config
 
 
-def check_with_other_nodes(words: list[str], about: str, flags: ModelFlags) -> tuple[Any, ...]:
+def check_with_other_nodes(
+    words: list[str], about: str, flags: ModelFlags, found: Sequence[str] = ()
+) -> tuple[Any, ...]:
     """:func:`check` on every node, and the comparison of what must be equal on all of them."""
     from moe_models.nodes.meeting import Meeting
     from moe_models.nodes.watch import start
@@ -198,7 +208,7 @@ def check_with_other_nodes(words: list[str], about: str, flags: ModelFlags) -> t
     problems = Problems()
     checked = None
     with problems.note():
-        checked = check(words, about, flags)
+        checked = check(words, about, flags, found)
     meeting = Meeting()
     meeting.compare(node_facts(words, flags), problems.lines)
     assert checked is not None
@@ -270,6 +280,7 @@ def parse_flags(words: list[str], about: str, kind: ModelFlags) -> tuple[Any, An
 
     # 1. TRL's flags and ours, with other defaults: training text should not be cut where it is too long, progress
     # should be kept, and experiments should be seen.
+    # --config was taken out before.
     kinds = (ScriptArguments, kind.arguments, SFTConfig, ModelConfig)
     usage = f"deepspeed --num_gpus N {kind.recipe} --FLAG VALUE ..."  # instead of TRL's 200 flags on two pages
     parser = TrlParser(kinds, usage=usage, description=about, formatter_class=_Help, allow_abbrev=False)

@@ -25,7 +25,8 @@
 
 Data: a hub id, a folder or a file (.txt, .jsonl, .json, .parquet) with `text`, with `messages`, or with `prompt` and
 `completion`. Messages go through the chat template; --assistant_only_loss takes the loss on the assistant's turns only.
-All other flags are those of TRL's SFTConfig and ModelConfig.
+All other flags are those of TRL's SFTConfig and ModelConfig. --config run.yaml reads flags from a file; those that are
+given beside it win. --push_to_hub uploads the result, with its card, when it is proven.
 
 On several machines the versions, the flags, the JSON, the model's config.json and the data must be equal, and
 --output_dir must be shared (except with --save_strategy no). The nodes compare these first. If one differs, all refuse
@@ -116,7 +117,10 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
         hold(Path(args.output_dir))
         watch_compile_locks()
 
-    # 2. Data and model. The prepared rows go into a cache.
+    # 2. Data and model. The prepared rows go into a cache. What is uploaded is the proven folder, at the end: the
+    #    Trainer itself would upload checkpoints.
+    push = args.push_to_hub
+    args.push_to_hub = False
     try:
         with ends_if_full(data_cache(), RunError):
             train_rows, eval_rows = load_data(script, recipe, args)
@@ -153,6 +157,8 @@ def train(words: list[str], about: str, flags: ModelFlags, make_model: ModelMake
     # 4. Leave. Not in a finally: a rank that fails alone must end at once, because only then does the launcher stop
     # the others.
     leave_process_group()
+    if push and rank() == 0:
+        push_result(args, model_args)
     let_go()
     global complete
     complete = True
@@ -203,7 +209,7 @@ def read_model(recipe: Any, args: Any, model_args: Any, train_rows: Any, ds: Any
     from transformers import AutoTokenizer
 
     from moe_models.checkpoint import reading
-    from moe_models.data import check_chat_template
+    from moe_models.data import check_assistant_marks, check_chat_template
 
     name = model_args.model_name_or_path
     revision = model_args.model_revision
@@ -213,6 +219,8 @@ def read_model(recipe: Any, args: Any, model_args: Any, train_rows: Any, ds: Any
         raise UserError(f"{name}: {one_line(error)}") from error
     if not args.chat_template_path:
         check_chat_template(tokenizer, train_rows, name)
+    if args.assistant_only_loss:
+        check_assistant_marks(tokenizer, name, args.chat_template_path)
     model = reading.read_model(
         name,
         ds,
@@ -389,6 +397,23 @@ def print_summary(summary: dict[str, Any]) -> None:
     print(*(f"{name:14}{text}" for name, text in lines.items()), sep="\n", flush=True)
     if summary["left_out"]:
         warn([summary["left_out"]])
+
+
+def push_result(args: Any, model_args: Any) -> None:
+    """Upload what came out, an adapter or a model, with its card."""
+    from moe_models.checkpoint.hub import upload
+    from moe_models.trainer import ADAPTER_FOLDER, MODEL_FOLDER
+
+    out = Path(args.output_dir)
+    folder = out / (ADAPTER_FOLDER if model_args.use_peft else MODEL_FOLDER)
+    address = upload(
+        folder,
+        args.hub_model_id or out.absolute().name,
+        private=args.hub_private_repo,
+        token=args.hub_token,
+        revision=args.hub_revision,
+    )
+    print(f"uploaded      {address}", flush=True)
 
 
 def leave_process_group() -> None:

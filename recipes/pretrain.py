@@ -62,7 +62,7 @@ def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any, ds: Any)
 
     import moe_models.prmoe  # noqa: F401 (for AutoConfig)
     from moe_models.checkpoint import drawing, reading
-    from moe_models.data import check_chat_template
+    from moe_models.data import check_assistant_marks, check_chat_template
 
     # 1. The config, with the special tokens of the tokenizer.
     given = read_config(recipe.config_name)
@@ -86,6 +86,8 @@ def new_model(recipe: Any, args: Any, model_args: Any, train_rows: Any, ds: Any)
         )
     if not args.chat_template_path:
         check_chat_template(tokenizer, train_rows, recipe.tokenizer_name)
+    if args.assistant_only_loss:
+        check_assistant_marks(tokenizer, recipe.tokenizer_name, args.chat_template_path)
 
     # 4. The weights: drawn once on each machine, then read like those of any model.
     dtype = weights_dtype(args)

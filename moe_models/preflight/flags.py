@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from moe_models.config.ds_config import DsConfig
+from moe_models.families.config_json import HUB_ID
 from moe_models.files import parse_size
 from moe_models.preflight.adapters import adapter_problems
 from moe_models.preflight.combinations import muon_clips
@@ -40,6 +42,8 @@ def flag_problems(given: Any, model_config: Mapping[str, Any], ds: DsConfig | No
             "--enable_jit_checkpoint: each rank would stop at a step of its own; drop it, SIGTERM and SIGUSR1 save the "
             "step without it"
         )
+    yield from report_problems(given.report_to)
+    yield from hub_problems(given)
     yield from length_problems(given.max_length, model_config)
     coefficient = given.router_aux_loss_coef
     if coefficient is None:
@@ -67,6 +71,48 @@ def muon_flag_problems(given: Any, ds: DsConfig | None) -> Iterator[str]:
     optimizer = ds.raw.get("optimizer")
     if isinstance(optimizer, dict) and str(optimizer.get("type")).lower() == "muon":
         yield muon_clips(f"--max_grad_norm {given.max_grad_norm:g}", "give --max_grad_norm 0")
+
+
+REPORTERS = {
+    "clearml": "clearml", "codecarbon": "codecarbon", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow",
+    "neptune": "neptune", "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb",
+}  # fmt: skip
+"""What ``--report_to`` may name -> the module that it needs. Others are left to transformers."""
+
+
+def report_problems(report_to: str | Iterable[str] | None) -> Iterator[str]:
+    """A line for each reporter that is not installed. transformers would say so after the weights are read."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    for name in names:
+        module = REPORTERS.get(name)
+        if module is None or find_spec(module) is not None:
+            continue
+        extra = " (wandb and trackio: pip install 'moe-recipes[report]')" if name in ("wandb", "trackio") else ""
+        yield f"--report_to {name}: {module} is not installed{extra}; install it, or use tensorboard or none"
+
+
+def hub_problems(given: Any) -> Iterator[str]:
+    """What keeps ``--push_to_hub`` from uploading at the end."""
+    if not given.push_to_hub:
+        return
+    from huggingface_hub import constants, get_token
+
+    name = given.hub_model_id
+    if constants.HF_HUB_OFFLINE:
+        yield (
+            "--push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or drop the flag and upload "
+            "later with: hf upload NAME OUTPUT_DIR/model"
+        )
+    elif not (given.hub_token or get_token()):
+        yield "--push_to_hub: no token for the hub; log in with `hf auth login`, or set HF_TOKEN"
+    if name is not None and not HUB_ID.fullmatch(name):
+        yield f"--hub_model_id {name}: is no name on the hub; write it as owner/name"
+    strategy = getattr(given.hub_strategy, "value", given.hub_strategy)
+    if strategy not in ("every_save", "end"):
+        yield (
+            f"--hub_strategy {strategy}: checkpoints are not uploaded, only the proven folder at the end; drop it, or "
+            "write end"
+        )
 
 
 def length_problems(max_length: int | None, model_config: Mapping[str, Any]) -> list[str]:

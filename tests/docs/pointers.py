@@ -250,7 +250,7 @@ def flags_of(recipe: str) -> frozenset[str]:
         for name in ("command_line", recipe):
             module = ast.parse((ROOT / "recipes" / f"{name}.py").read_text())
             found |= fields(module, {"RecipeArguments", "PretrainArguments"})
-        found |= training_flags()
+        found |= training_flags() | {"config"}
     return frozenset(found)
 
 
