@@ -2,6 +2,7 @@
 # Start anything here on a machine with Python >= 3.10 and nothing else.
 #
 #   ./run.sh                     the quickstart: a real model in, expert-parallel training, a proven checkpoint out
+#   ./run.sh --use_peft          the same with an adapter (LoRA), which plain PEFT then loads
 #   ./run.sh finetune ARGS...    recipes/finetune.py under the deepspeed launcher (GPUS=4 ./run.sh finetune ... for four)
 #   ./run.sh pretrain ARGS...    recipes/pretrain.py: the same for a new model from model_configs/
 #   HOSTFILE=hosts ./run.sh finetune ARGS...   on every machine of the file, started from here (needs pdsh and ssh)
@@ -43,7 +44,7 @@ verb=${1:-quickstart}
 [ $# -gt 0 ] && shift
 case $verb in
 quickstart | finetune | pretrain | upcycle | export | evaluate | check | plan | bench | report | docs | test) ;;
--h | --help | help) sed -n '2,19p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
+-h | --help | help) sed -n '2,20p' "${BASH_SOURCE[0]}" | cut -c3- && exit 0 ;;
 -*) set -- "$verb" "$@" && verb=quickstart ;;
 *) fail "./run.sh $verb: no such verb; one of finetune, pretrain, upcycle, export, evaluate, check, plan, bench, report, docs, test" ;;
 esac

@@ -2,6 +2,7 @@
 
     ./run.sh                                    # installs what is needed, then runs the next line
     python recipes/quickstart.py                # on 2 GPUs, on 1, or on none: 2 CPU processes, under 10 minutes
+    python recipes/quickstart.py --use_peft     # train an adapter (LoRA) instead of all weights; plain PEFT loads it
     python recipes/quickstart.py --dry_run      # print the training command and stop
 
 1. prepare  A real dense model (135M parameters) becomes a MoE with 4 experts per layer, 2 per token. The loss of both
@@ -40,6 +41,9 @@ from quickstart_inputs import CACHE, console, prepare
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("out/quickstart")
 LEARNING_RATE = 5e-5
+ADAPTER_LEARNING_RATE = 5e-4
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""What gets an adapter on a single GPU; on two the experts get one, too."""
 PROMPT = "My fellow Americans, tonight"
 
 
@@ -66,7 +70,7 @@ def main(words: list[str]) -> int:
     hf_logging.set_verbosity_error()
     chosen = choose_run()
     output_dir = new_folder(OUT)
-    command = train_command(chosen, output_dir)
+    command = train_command(chosen, output_dir, args.use_peft)
     if args.dry_run:
         print(shlex.join(command))
         return 0
@@ -74,15 +78,19 @@ def main(words: list[str]) -> int:
     exit_code = train(command, chosen)
     if exit_code:
         return exit_code
-    use(output_dir / "model")
+    if args.use_peft:
+        use_adapter(output_dir / "adapter")
+    else:
+        use(output_dir / "model")
     exit_code = report(output_dir)
     close(chosen, output_dir, losses)
     return exit_code
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """The command line. There is nothing to choose here; recipes/finetune.py has all the flags."""
+    """The command line. There is little to choose here; recipes/finetune.py has all the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--use_peft", action="store_true", help="train an adapter (LoRA) instead of all weights")
     parser.add_argument("--dry_run", action="store_true", help="print the training command and stop")
     return parser.parse_args(words)
 
@@ -112,7 +120,7 @@ def new_folder(wanted: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ 2. train
 
 
-def train_command(chosen: Run, output_dir: Path) -> list[str]:
+def train_command(chosen: Run, output_dir: Path, use_peft: bool = False) -> list[str]:
     """The deepspeed launcher, the recipe, and its flags."""
     with socket.socket() as free:  # the launcher's fixed port would fail beside any other run
         free.bind(("127.0.0.1", 0))
@@ -139,9 +147,15 @@ def train_command(chosen: Run, output_dir: Path) -> list[str]:
         "report_to": "none",
         "seed": 0,
     }
+    if use_peft:
+        # The whole model with the adapter added is for the report.
+        flags |= {"use_peft": True, "export_merged": True, "learning_rate": ADAPTER_LEARNING_RATE}
     words = [*launcher, "recipes/finetune.py"]
     for name, value in flags.items():
         words += [f"--{name}", str(value)]
+    if use_peft and chosen.processes == 1:
+        # ZeRO-3 alone: PEFT would read experts that are not gathered.
+        words += ["--lora_target_modules", *ATTENTION]
     return words
 
 
@@ -171,6 +185,20 @@ def use(folder: Path) -> None:
     """Load the trained checkpoint with plain transformers, and let it continue `PROMPT`."""
     console.rule("[bold]3/3 use: plain transformers loads the result", align="left")
     model = AutoModelForCausalLM.from_pretrained(folder)
+    continue_prompt(model, folder)
+
+
+def use_adapter(folder: Path) -> None:
+    """Load the trained adapter with plain PEFT on its base model, and let it continue `PROMPT`."""
+    from peft import PeftModel
+
+    console.rule("[bold]3/3 use: plain PEFT loads the adapter", align="left")
+    base = AutoModelForCausalLM.from_pretrained(CACHE / "moe")
+    continue_prompt(PeftModel.from_pretrained(base, folder), folder)
+
+
+def continue_prompt(model: Any, folder: Path) -> None:
+    """Print `PROMPT` as ``model`` continues it; the tokenizer is in ``folder``."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2)
@@ -195,6 +223,14 @@ def close(chosen: Run, output_dir: Path, losses: dict[str, float]) -> None:
     table.add_row(
         "held-out loss: before, after", f"{measured['eval_loss_before']:.4f}, {measured['eval_loss_after']:.4f}"
     )
+    proof = measured["verified"]
+    if "median_without_adapter" in proof:
+        table.add_row("adapter", str(output_dir / "adapter"))
+        table.add_row(
+            "its logits by plain PEFT",
+            f"within {proof['max_logit_difference']:.1e} of the trained model's "
+            f"(without the adapter {proof['median_without_adapter']:.1e})",
+        )
     table.add_row("checkpoint", str(output_dir / "model"))
     if (output_dir / "routing_report.html").exists():
         table.add_row("how it routes (open in a browser)", str(output_dir / "routing_report.html"))

@@ -11,8 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_models.config.ds_config import load_ds_config
 from moe_models.errors import UserError
+from moe_models.preflight.adapters import adapter_layout_problems
+from tests.support import adapters
 from tests.support.recipe import save_model, words
 from tests.support.report import save_run
 
@@ -32,31 +38,68 @@ def inputs(quickstart: ModuleType) -> ModuleType:
     return importlib.import_module("quickstart_inputs")
 
 
+@pytest.mark.parametrize("use_peft", [False, True])
 @pytest.mark.parametrize(
     ("gpus", "processes", "device"), [(0, 2, "cpu"), (1, 1, "cuda"), (2, 2, "cuda"), (8, 2, "cuda")]
 )
 def test_run_fits_the_hardware(
-    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int, device: str
+    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int, device: str, use_peft: bool
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     chosen = quickstart.choose_run()
+    ds = load_ds_config(str(ROOT / chosen.ds_config))
+    if use_peft:
+        on_experts = "--lora_target_modules" not in quickstart.train_command(chosen, Path("out"), use_peft=True)
+        assert on_experts == (processes == 2)
+        assert list(adapter_layout_problems(ds, on_experts=on_experts, recompute=False)) == []
     assert (chosen.processes, chosen.device) == (processes, device)
     config = json.loads((ROOT / chosen.ds_config).read_text())
     assert processes % config.get("expert_parallel", {}).get("autoep_size", 1) == 0
     assert ("expert_parallel" in config) == (processes == 2)
 
 
-def test_dry_run_prints_the_command_and_writes_nothing() -> None:
+@pytest.mark.parametrize("more", [[], ["--use_peft"]])
+def test_dry_run_prints_the_command_and_writes_nothing(more: list[str]) -> None:
     before = sorted(ROOT.glob("out/*"))
-    command = [sys.executable, str(ROOT / "recipes" / "quickstart.py"), "--dry_run"]
+    command = [sys.executable, str(ROOT / "recipes" / "quickstart.py"), "--dry_run", *more]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     words = done.stdout.strip().splitlines()[-1].split()
     assert words[1:3] == ["-m", "moe_models.nodes.launcher"]
     given = words[words.index("recipes/finetune.py") + 1 :]
     flags = dict(zip(given[::2], given[1::2], strict=True))
     assert flags["--model_name_or_path"] == ".cache/quickstart/moe"
+    assert flags.get("--use_peft") == ("True" if more else None)
     assert not (ROOT / flags["--output_dir"]).exists()
     assert sorted(ROOT.glob("out/*")) == before
+
+
+def test_plain_peft_loads_the_adapter_and_the_table_says_how_near(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_model(tmp_path / "moe")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapters.lora("mixtral"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+    model.save_pretrained(tmp_path / "out" / "adapter")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "out" / "adapter")
+    monkeypatch.setattr(quickstart, "CACHE", tmp_path)
+    used: list[Any] = []
+    monkeypatch.setattr(quickstart, "continue_prompt", lambda model, folder: used.append(model))
+    quickstart.use_adapter(tmp_path / "out" / "adapter")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        assert torch.equal(used[0](ids).logits, model.eval()(ids).logits)
+        with used[0].disable_adapter():
+            assert not torch.allclose(used[0](ids).logits, model(ids).logits)
+    proof = {"max_logit_difference": 1.5e-7, "median_without_adapter": 0.3}
+    summary = {
+        "layout": "2 ranks", "speed": {"text": "1 token/s"}, "peak_memory_gib": 1.0, "device": "cpu",
+        "eval_loss_before": 3.0, "eval_loss_after": 2.0, "verified": proof,
+    }  # fmt: skip
+    (tmp_path / "out" / "summary.json").write_text(json.dumps(summary))
+    quickstart.close(quickstart.choose_run(), tmp_path / "out", {"dense": 3.0, "upcycled": 3.0})
+    assert "within 1.5e-07" in capsys.readouterr().out
 
 
 def test_every_run_gets_a_new_folder(quickstart: ModuleType, tmp_path: Path) -> None:
