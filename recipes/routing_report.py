@@ -312,6 +312,7 @@ def page_data(
         "model_type": model.family.model_type,
         "hidden": int(model.config["hidden_size"]),
         "experts": model.num_experts,
+        "expert_params": 3 * int(model.config["hidden_size"]) * int(model.config[model.family.expert_size_key]),
         "text": visible(text.name),
         "notes": notes,
         "layouts": model.layouts,

@@ -63,6 +63,17 @@ function cost(landed, members, layout) {
   };
 }
 
+/**
+ * Bytes that one GPU sends for a layer's experts in a step of one micro-batch, so that replicas stay equal: gradients
+ * reduced and new weights gathered (ZeRO 1 and 2: all-reduce, one gather; ZeRO-3: reduce-scatter, two gathers).
+ */
+function replicaBytes(layout, replicas) {
+  const held = (data.experts / layout.ep) * data.expert_params;
+  const gradient = layout.sp > 1 ? 4 : layout.bytes;
+  const each = layout.zero === 3 ? gradient + 2 * layout.bytes : 2 * gradient + layout.bytes;
+  return (each * held * (replicas - 1)) / replicas;
+}
+
 /** Copies' worth of room that native layers send: all ranks fill every expert's share up to the fullest of their group. */
 function padded(landed, grid) {
   let rows = 0;

@@ -33,7 +33,7 @@ function drawComparison(table, copies, layer, world, chosen) {
     const key = [layout.ep, layout.tp, layout.sp, layout.bytes].join();
     alike.set(key, [...(alike.get(key) ?? []), layout]);
   }
-  const names = ["Layouts", "EP × EDP", "Experts per GPU", "Cross the wire", "Fullest GPU / mean", "Over all text"];
+  const names = ["Layouts", "EP × EDP", "Experts per GPU", "Cross the wire", "Weights and gradients", "Fullest GPU / mean", "Over all text"];
   const head = html("tr", {}, ...names.map((name) => html("th", { scope: "col" }, name)));
   const rows = [...alike.values()].sort((a, b) => a[0].ep - b[0].ep).map((layouts) => {
     const files = layouts.map(({ file }) => file.replace(/\.json$/, "")).join(", ");
@@ -51,6 +51,7 @@ function drawComparison(table, copies, layer, world, chosen) {
       `${layout.ep} × ${grid.groups.length}`,
       grid.ranks[0].held,
       `${whole.format(crossing)} of ${whole.format(all)}`,
+      size(Math.round(replicaBytes(layout, grid.groups.length))),
       times(slowdown),
       times(maxOverMean(rankLoads(layer, layout.ep))),
     ];
