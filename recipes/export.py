@@ -172,12 +172,12 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
     from transformers import AutoConfig
 
     from moe_models.checkpoint.export import export
-    from moe_models.checkpoint.from_folder import FolderSource
+    from moe_models.checkpoint.from_stages import open_folder
     from moe_models.checkpoint.hf_folder import ExportError
     from moe_models.routing.callback import BIAS_FILE
 
     # 2. The checkpoint's files and the model's config.
-    source = FolderSource(checkpoint, family)
+    source = open_folder(checkpoint, family)
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except Exception as error:  # transformers raises many kinds for values that it cannot use

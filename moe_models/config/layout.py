@@ -85,6 +85,8 @@ class Degrees:
     """Ranks that split each dense matrix."""
     sp: int = 1
     """Ranks that split each sequence."""
+    pp: int = 1
+    """Stages that the layers are cut into."""
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Degrees:
@@ -101,6 +103,7 @@ class Degrees:
             ep=int(ep),
             tp=max(1, int(tensor.get("autotp_size", 1))),  # DeepSpeed's own word for "off" is 0
             sp=int(raw.get("sequence_parallel_size", 1)),
+            pp=int((raw.get("pipeline") or {}).get("stages", 1)),
         )
 
 

@@ -26,6 +26,7 @@ from torch import nn
 from moe_models.config.layout import Layout
 from moe_models.config.moe_section import MoeLayer
 from moe_models.engine.blocks import split_gate_up
+from moe_models.engine.pipeline.cut import is_elsewhere
 from moe_models.errors import UserError
 from moe_models.families.table import Family, moe_blocks
 from moe_models.preflight.native import inexpressible
@@ -117,6 +118,8 @@ def register_deepspeed_moe(model: Any, layer: MoeLayer, family: Family) -> Any:
         model.num_experts_per_tok = layer.k
     # 4. Block after block, so that no more than one is in memory twice.
     for path, E in zip(moe_blocks(family, config), family.expert_counts(config), strict=True):
+        if is_elsewhere(model, path):  # another pipeline stage has it
+            continue
         native = _native_block(model.get_submodule(path), model.config, layer, layout.experts_of(rank, E))
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, native)

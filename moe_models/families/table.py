@@ -194,6 +194,8 @@ class Family:
     """Why AutoTP cannot split its attention."""
     no_sequence_parallel: str | None = None
     """Why Ulysses cannot exchange its heads."""
+    no_pipeline: str | None = None
+    """Why its layers are not cut into stages."""
 
     def num_experts(self, config: Mapping[str, Any]) -> int:
         """Expert count E of a model with this ``config.json``. Raises KeyError if it does not say."""
@@ -348,6 +350,7 @@ FAMILIES: dict[str, Family] = {
             pools_layers=False,
             counts_flops=False,
             no_autoep="AutoEP would leave out its residual MLP",
+            no_pipeline="its layers may differ in their number of experts, and stages are cut by what a layer costs",
         ),
     )
 }
