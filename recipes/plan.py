@@ -14,7 +14,9 @@
 
 Compared are ZeRO 1 to 3 x expert (EP), tensor (TP) and sequence (SP) parallelism x micro-batch x activation
 checkpointing x offload, as far as the preflight accepts them, all with the same tokens in an optimizer step. EP above 1
-is DeepSpeed's AutoEP; without EP it is the plain Hugging Face model.
+is DeepSpeed's AutoEP; without EP it is the plain Hugging Face model. On several nodes pipeline stages (PP) of whole
+nodes are compared, too. On one node they are not: they divide the 4 bytes of weights and gradients of each parameter,
+which EP inside a node does as well, and wait for each other.
 
 Four tables have one row for each layout, the best first:
 
@@ -41,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +62,7 @@ from moe_models.planner.host import READ_GB_PER_S, adapter_bytes, checkpoint_byt
 from moe_models.planner.search import Plan, Request, nothing_fits, search
 from moe_models.preflight.adapters import plan_problems
 from moe_models.preflight.liger import no_kernels
+from moe_models.preflight.pipeline import bubble
 
 PHASES = ("read", "train", "export")
 """Fields of :class:`~moe_models.planner.host.Host`, and the columns of their table."""
@@ -81,6 +85,8 @@ PARTS = {
     "outside": "other",
 }
 """Fields of :class:`~moe_models.planner.memory.Memory`, and the columns of their table."""
+STAGES = {"stages": "stages"}
+"""The column of a pipeline beside them: turns in which a stage waits, and what travels between stages."""
 TIMES = {"compute": "compute", "all_to_all": "all-to-all", "reduce_gather": "reduce, gather", "optimizer": "optimizer"}
 """Fields of :class:`~moe_models.planner.step_time.StepTime`, and the columns of their table."""
 
@@ -256,7 +262,12 @@ def rows_of(plans: list[Plan]) -> list[Row]:
     """The plans in their order, those with equal figures together at the place of the first of them."""
     equal: dict[tuple[str, ...], list[Plan]] = {}
     for plan in plans:
-        figures = (*ranking_cells(plan), *memory_cells(plan), *time_cells(plan), *host_cells(plan, READ_GB_PER_S))
+        figures = (
+            *ranking_cells(plan),
+            *memory_cells(plan),
+            *time_cells(plan, TIMES | STAGES),
+            *host_cells(plan, READ_GB_PER_S),
+        )
         equal.setdefault(figures, []).append(plan)
     return [Row(tuple(group)) for group in equal.values()]
 
@@ -282,10 +293,10 @@ def memory_cells(plan: Plan) -> list[str]:
     return [f"{getattr(memory, part) / GIB:.1f}" for part in PARTS]
 
 
-def time_cells(plan: Plan) -> list[str]:
-    """Milliseconds by what they are spent on, their sum last."""
+def time_cells(plan: Plan, columns: Mapping[str, str]) -> list[str]:
+    """Milliseconds by what they are spent on, their sum last; ``columns`` are those of :func:`times_of`."""
     time = plan.prediction.time
-    parts = [f"{1e3 * getattr(time, part):,.0f}" for part in TIMES]
+    parts = [f"{1e3 * getattr(time, part):,.0f}" for part in columns]
     return [*parts, f"{1e3 * time.total:,.0f}"]
 
 
@@ -328,10 +339,18 @@ def memory_table(rows: list[Row], request: Request) -> Table:
 
 def time_table(rows: list[Row]) -> Table:
     """Where the time of a step goes."""
-    table = _table("time of a step in ms, what is hidden left out", ["", *TIMES.values(), "in all"])
+    columns = times_of(rows)
+    table = _table("time of a step in ms, what is hidden left out", ["", *columns.values(), "in all"])
     for number, row in enumerate(rows, 1):
-        table.add_row(str(number), *time_cells(row.first), style=row.style)
+        table.add_row(str(number), *time_cells(row.first, columns), style=row.style)
     return table
+
+
+def times_of(rows: list[Row]) -> dict[str, str]:
+    """What a step is spent on: a column for stages only where one of the rows has some."""
+    if any(row.first.case.ds.pp_size > 1 for row in rows):
+        return TIMES | STAGES
+    return TIMES
 
 
 def host_table(rows: list[Row], request: Request, gb_per_s: float) -> Table:
@@ -365,10 +384,27 @@ def why(plans: list[Plan]) -> str:
     rows = rows_of(plans)
     fitting = [row for row in rows if row.fits]
     first = fitting[0]
+    stages = _why_no_stages(first.first, plans)
     for row in fitting[1:]:
         if _differ(first.first, row.first):
-            return _comparison(first, row)
-    return _nothing_to_compare([plan for row in fitting for plan in row.plans], plans)
+            return _comparison(first, row) + stages
+    return _nothing_to_compare([plan for row in fitting for plan in row.plans], plans) + stages
+
+
+def _why_no_stages(first: Plan, plans: list[Plan]) -> str:
+    """On several nodes, where the first is no pipeline: what the best pipeline would pay; else empty."""
+    staged = [plan for plan in plans if plan.fits and plan.case.ds.pp_size > 1]
+    if first.case.ds.pp_size > 1 or not staged:
+        return ""
+    best = max(staged, key=lambda plan: plan.prediction.tokens_per_s)
+    ours = first.prediction.time
+    theirs = best.prediction.time
+    idle = bubble(best.case.ds.pp_size, best.case.work.accumulation)
+    return (
+        f" The best pipeline, {best.name}, takes {_faster(first, best):.1%} longer: its stages wait {idle:.0%} of the "
+        f"turns and send for {1e3 * theirs.stages:,.0f} ms a step, where the first gathers and reduces for "
+        f"{1e3 * ours.reduce_gather:,.0f} ms (and {1e3 * theirs.reduce_gather:,.0f} there)."
+    )
 
 
 def _nothing_to_compare(fitting: list[Plan], plans: list[Plan]) -> str:
@@ -419,16 +455,17 @@ def _comparison(one: Row, other: Row) -> str:
 
     # 2. Faster: by the part of the step in which it wins most, against the one in which it loses most. In seconds.
     gains = {}
-    for part in TIMES:
+    for part in TIMES | STAGES:
         gains[part] = getattr(second.prediction.time, part) - getattr(first.prediction.time, part)
     best = max(gains, key=lambda part: gains[part])
     worst = min(gains, key=lambda part: gains[part])
-    text = f"{one.name} beats {other.name} by {faster:.1%}: {1e3 * gains[best]:,.0f} ms a step less for {TIMES[best]}"
+    names = {**TIMES, "stages": "stages that wait"}
+    text = f"{one.name} beats {other.name} by {faster:.1%}: {1e3 * gains[best]:,.0f} ms a step less for {names[best]}"
     reason = _reason(best, first, second)
     if reason:
         text += f" ({reason})"
     if -gains[worst] > 0.05 * gains[best]:
-        text += f", against {-1e3 * gains[worst]:,.0f} ms more for {TIMES[worst]}"
+        text += f", against {-1e3 * gains[worst]:,.0f} ms more for {names[worst]}"
     return text + "."
 
 
@@ -439,6 +476,8 @@ def _reason(part: str, first: Plan, second: Plan) -> str:
             return _reason_of_compute(first, second)
         case "all_to_all":
             fewer = first.case.ds.ep_size <= second.case.ds.ep_size
+            if first.case.ds.ep_size < second.case.ds.ep_size and first.case.ds.pp_size > 1:
+                return "tokens stay in the node, and only hidden states pass from stage to stage"
             return "fewer tokens leave the GPU" if fewer else ""
         case "optimizer":
             on_host = second.offload and not first.offload
@@ -468,6 +507,8 @@ def _reason_of_reduce_gather(first: Plan, second: Plan) -> str:
     other = second.case.ds
     if other.zero_stage == 3 and ds.zero_stage < 3:
         return "ZeRO-3 gathers every weight for each pass"
+    if ds.pp_size > other.pp_size:
+        return "a stage reduces and gathers its own layers only"
     if ds.ep_size > other.ep_size:
         return "experts that stay where they are need no gathering and fewer reductions"
     if other.tp_size > ds.tp_size:

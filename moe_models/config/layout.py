@@ -244,6 +244,10 @@ class Layout:
         ranks = "rank" if self.world_size == 1 else "ranks"
         return f"{self.world_size} {ranks}: {', '.join(parts)}, ZeRO-{zero_stage}"
 
+    def pp_groups(self) -> Groups:
+        """Groups that hold the stages of one replica, called lanes: a rank of each stage, which read the same rows."""
+        return tuple(tuple(range(lane, self.world_size, self.stage_size)) for lane in range(self.stage_size))
+
     def _experts_per_rank(self, num_experts: int) -> int:
         if num_experts % self.ep_size:
             raise UserError(

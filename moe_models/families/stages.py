@@ -11,8 +11,8 @@ The cut is a function of config.json and the number of stages. The engine, the c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
@@ -69,7 +69,7 @@ def stage_bounds(config: Mapping[str, Any], stages: int) -> tuple[int, ...]:
     family = known_family(config)
     sizes = sizes_of(family, config)
     moe = [is_moe_layer(family, config, layer) for layer in range(sizes.layers)]
-    return cheapest_cut(layer_costs(sizes, moe), moe, stages)
+    return cheapest_cut(tuple(layer_costs(sizes, moe)), tuple(moe), stages)
 
 
 def layer_costs(sizes: ModelSizes, moe: Sequence[bool]) -> list[int]:
@@ -84,7 +84,8 @@ def layer_costs(sizes: ModelSizes, moe: Sequence[bool]) -> list[int]:
     return costs
 
 
-def cheapest_cut(costs: Sequence[int], moe: Sequence[bool], stages: int) -> tuple[int, ...]:
+@lru_cache(maxsize=256)
+def cheapest_cut(costs: tuple[int, ...], moe: tuple[bool, ...], stages: int) -> tuple[int, ...]:
     """The bounds at which the costliest of ``stages`` runs is cheapest, each with an MoE layer.
 
     Among equals that with the smallest sum of squares, so that the other stages are even too. Raises ValueError if
@@ -112,7 +113,30 @@ def cheapest_cut(costs: Sequence[int], moe: Sequence[bool], stages: int) -> tupl
     return best[L][1]
 
 
-def stage_shares(costs: Sequence[int], bounds: Sequence[int]) -> list[float]:
-    """Each stage's share of the cost of all layers."""
+def stage_sizes(sizes: ModelSizes, moe: Sequence[bool], stage: Stage) -> ModelSizes:
+    """The sizes of one stage, as if it were a model. A tied weight is in the first and in the last one."""
+    dense = []
+    for name, shape in sizes.dense:
+        parts = name.split(".")
+        in_a_layer = parts[:2] == ["model", "layers"]
+        if in_a_layer:
+            held = int(parts[2]) in stage.layers
+        elif name == "model.embed_tokens.weight":
+            held = stage.first
+        else:
+            held = stage.last
+        if held:
+            dense.append((name, shape))
+    if stage.last and sizes.tied and not stage.first:
+        dense.append(("lm_head.weight", (sizes.vocabulary, sizes.hidden)))
+    moe_layers = sum(moe[layer] for layer in stage.layers)
+    return replace(sizes, layers=len(stage.layers), moe_layers=moe_layers, dense=tuple(dense), has_head=stage.last)
+
+
+def stage_shares(config: Mapping[str, Any], stages: int) -> list[float]:
+    """Each stage's share of what the whole model costs. Raises as :func:`stage_bounds`."""
+    family = known_family(config)
+    sizes = sizes_of(family, config)
+    costs = layer_costs(sizes, [is_moe_layer(family, config, layer) for layer in range(sizes.layers)])
     total = sum(costs)
-    return [sum(costs[start:stop]) / total for start, stop in pairwise(bounds)]
+    return [sum(costs[start:stop]) / total for start, stop in pairwise(stage_bounds(config, stages))]

@@ -10,6 +10,7 @@ from moe_models.planner.case import Case
 from moe_models.planner.devices import GIB, Device
 from moe_models.planner.host import Host, host_needs
 from moe_models.planner.memory import Memory, memory_moments
+from moe_models.planner.pipeline import pipeline_time, telling_stages
 from moe_models.planner.step_time import StepTime, step_time
 
 
@@ -32,10 +33,10 @@ class Prediction:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the step for each GPU (sequence and tensor-parallel peers share theirs)."""
+        """Tokens of the step for each GPU (sequence and tensor-parallel peers share theirs, and so do stages)."""
         work = self.case.work
         layout = self.case.layout
-        return work.micro_batch * work.length * work.accumulation // (layout.tp_size * layout.sp_size)
+        return work.micro_batch * work.length * work.accumulation // (layout.tp_size * layout.sp_size * layout.pp)
 
     @property
     def tokens_per_s(self) -> float:
@@ -63,11 +64,20 @@ def predict(case: Case, device: Device) -> Prediction:
         raise UserError("moe.layer: there is no prediction for native layers; use expert_parallel")
     if case.ds.precision not in ("bf16", "auto"):
         raise UserError(f"precision {case.ds.precision}: predictions are for bf16; set bf16.enabled to true")
-    moments = memory_moments(case, reserved_gib=device.reserved_gib)
+    stages = telling_stages(case)
+    in_stages = case.layout.pp > 1
     return Prediction(
         case=case,
         device=device,
-        memory=max(moments, key=lambda moment: moment.needed),
-        time=step_time(case, device),
-        host=host_needs(case),
+        memory=fullest_moment(stages, device),
+        time=pipeline_time(case, stages, device) if in_stages else step_time(case, device),
+        host=host_needs(stages[0]),
     )
+
+
+def fullest_moment(stages: list[Case], device: Device) -> Memory:
+    """The memory of the fullest of these stages (one case, where there is no pipeline), at its fullest moment."""
+    moments = []
+    for stage in stages:
+        moments += memory_moments(stage, reserved_gib=device.reserved_gib)
+    return max(moments, key=lambda moment: moment.needed)
