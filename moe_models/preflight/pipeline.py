@@ -107,7 +107,7 @@ def _model_problems(ds: DsConfig, model_config: Mapping[str, Any], key: str) -> 
         stage_bounds(model_config, ds.pp_size)
     except ValueError:
         count = len(list(moe_blocks(family, model_config)))
-        yield f"{key}: each stage needs an MoE layer, and the model has {count}; use at most {count} stages"
+        yield f"{key}: each stage needs an MoE layer, and the model has {count}; use at most {count}"
 
 
 def pipeline_flags(given: Any, ds: DsConfig) -> Iterator[str]:
