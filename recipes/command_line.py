@@ -39,6 +39,13 @@ class RecipeArguments:
             "help": "With --use_peft, write the whole model with the adapter added to it, too (OUTPUT_DIR/model)."
         },
     )
+    check_conversion: Literal["auto", "all", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "MoE blocks that are compared before the first step with what they computed before their experts "
+            "were spread: auto is all, or some evenly spread layers where they hold more than 32 GB."
+        },
+    )
 
 
 def read_checkpoint_config(name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tests.checkpoint.test_resume import LOGGED, flags
 from tests.support import parity
 from tests.support.cluster import ChildError, Cluster
 from tests.support.recipe import curve, largest_difference, save_model, text_rows, train_in_cluster, write_jsonl
-from tests.support.tiny import save_tiny
+from tests.support.tiny import TINY, save_tiny
 from tests.training import test_parity
 from tests.training.test_parity import LOSS_TOLERANCE, check_case, relative
 
@@ -30,7 +30,7 @@ Clusters = Callable[[int], Cluster]
 Deep = Callable[..., Path]
 references = test_parity.references
 
-FAMILIES = ("deepseek_v2", "deepseek_v3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = tuple(sorted(TINY))
 
 
 def staged(stages: int, ep_size: int | None = None, native: int | None = None, **extra: Any) -> dict[str, Any]:

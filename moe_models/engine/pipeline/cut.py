@@ -33,6 +33,7 @@ def keep_stage(model: Any, stage: Stage) -> None:
 
     With tied embeddings the first stage keeps the weight as embedding and the last one as head.
     """
+    model.pipeline_stage = stage
     base = model.model
     for layer in range(len(base.layers)):
         if layer not in stage.layers:
@@ -44,9 +45,10 @@ def keep_stage(model: Any, stage: Stage) -> None:
         model.lm_head = Elsewhere()
 
 
-def is_cut(model: nn.Module) -> bool:
-    """Whether parts of ``model`` are in other stages."""
-    return any(isinstance(module, Elsewhere) for module in model.modules())
+def stage_kept(model: Any) -> Stage | None:
+    """The stage that :func:`keep_stage` left of a Hugging Face model; None where it is whole."""
+    stage: Stage | None = getattr(hf_model(model), "pipeline_stage", None)
+    return stage
 
 
 def is_elsewhere(model: nn.Module, path: str) -> bool:

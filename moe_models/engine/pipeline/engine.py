@@ -48,21 +48,23 @@ class StagesEngine(PipelineEngine):
         mine = own[0] if own else torch.zeros((), device=self.device)
         return self._from_last(mine)
 
-    def forward(self, *, input_ids: torch.Tensor, **options: Any) -> Any:
-        """Logits [B, T, V] as attribute ``logits`` on every rank, without gradients; every rank calls it.
+    def forward(self, *, input_ids: torch.Tensor, logits_to_keep: int = 0, use_cache: bool = False) -> Any:
+        """Logits [B, T, V] as attribute ``logits``, without gradients: each lane's own, on all of its stages.
 
-        Of lane 0's tokens and of each other lane's: all lanes pass their own.
+        Every rank calls it. ``logits_to_keep``: of the last positions only; 0 is all. Nothing is cached.
         """
         logits: list[torch.Tensor] = []
 
         def finish(batch: Batch, hidden: torch.Tensor, arrived: torch.Tensor | None) -> torch.Tensor:
             (model,) = self.module._model
-            logits.append(model(inputs_embeds=hidden, use_cache=False).logits.float())
+            output = model(inputs_embeds=hidden, use_cache=False, logits_to_keep=logits_to_keep)
+            logits.append(output.logits.float())
             return logits[0].mean()
 
         self.module.begin(Passage(batches=[{"input_ids": input_ids}], finish=finish))
         self.eval_batch(iter([(input_ids, input_ids)]), num_micro_batches=1)
-        shape = (*input_ids.shape, self.module.config.vocab_size)
+        B, T = input_ids.shape
+        shape = (B, logits_to_keep or T, self.module.config.vocab_size)
         mine = logits[0].contiguous() if logits else torch.zeros(shape, device=self.device)
         return SimpleNamespace(logits=self._from_last(mine))
 

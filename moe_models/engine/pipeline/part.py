@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moe_models.engine.pipeline.cut import keep_stage
+from moe_models.engine.same_function import Askers, askers_of
 from moe_models.families.stages import Stage, stage_of
 
 
@@ -43,10 +45,21 @@ class Pipeline:
         self._held: list[dict[str, Any]] = []
         self._accelerator = accelerator
         keep_stage(model, self.stage)
+        self.askers: Askers = self._askers(model)
+        """The ranks of this stage, which ask its blocks what they compute."""
 
         # upstream: transformers 5.20.2: fills in a train_batch_size that counts stages as if they read different rows.
         # DeepSpeed computes the right one. Remove when: transformers divides by the number of stages.
         accelerator.state.deepspeed_plugin.deepspeed_config.pop("train_batch_size", None)
+
+    def _askers(self, model: Any) -> Askers:
+        """Make the groups of all stages; collective."""
+        mine = askers_of(model)
+        for stage in range(self.stages):
+            group = dist.new_group(list(range(stage * self.lanes, (stage + 1) * self.lanes)))
+            if stage == self.stage.index:
+                mine = replace(mine, group=group)
+        return mine
 
     @contextmanager
     def building(self, trainer: Any) -> Iterator[None]:
