@@ -9,6 +9,7 @@ an object with one task; the methods below are the places where a Trainer calls 
 - :func:`~moe_models.engine.fused.layer.fuse` gives AutoEP's layers the kernels that ``"moe": {"kernels": ...}`` asks
   for;
 - :class:`~moe_models.engine.ulysses.Ulysses` gives each rank its part of a sequence;
+- :class:`~moe_models.engine.pipeline.part.Pipeline` gives each rank its stage of the layers;
 - :class:`~moe_models.engine.finite.FiniteWatch` ends a run whose loss, gradient or weights are not finite, before that
   reaches a checkpoint;
 - :class:`~moe_models.checkpoint.whole_checkpoints.WholeCheckpoints` gives a checkpoint its name when every rank has
@@ -57,7 +58,8 @@ from moe_models.engine.autoep import check_replaced, register_presets, restore_r
 from moe_models.engine.blocks import find_blocks, hf_model
 from moe_models.engine.finite import FiniteWatch, TrainingStoppedError
 from moe_models.engine.fused.layer import fuse
-from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass
+from moe_models.engine.grad_norm import count_every_expert_in_the_norm, norm_in_one_pass, norm_over_stages
+from moe_models.engine.library_globals import expert_groups_of
 from moe_models.engine.lora import (
     adapters_join_autoep,
     checkpoints_of_trained_tensors,
@@ -65,6 +67,9 @@ from moe_models.engine.lora import (
     see_through_peft,
 )
 from moe_models.engine.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
+from moe_models.engine.pipeline.cut import is_elsewhere
+from moe_models.engine.pipeline.part import Pipeline
+from moe_models.engine.pipeline.stages import Passage
 from moe_models.engine.plain_transformers import remember_shipped
 from moe_models.engine.same_function import How, Question, ask_before, require_same_function
 from moe_models.engine.same_function import report as report_same_function
@@ -181,6 +186,7 @@ class ExpertParallelTraining(Trainer):
         register_presets()
         see_through_peft()
         self.ulysses: Ulysses | None = None
+        self.pipeline: Pipeline | None = None
         self.checkpoints = WholeCheckpoints()
         super().__init__(model, *args, **kwargs)
 
@@ -189,6 +195,7 @@ class ExpertParallelTraining(Trainer):
         self.vote = Vote(self.args.device)
         self.args.logging_nan_inf_filter = False  # HF would log a running average instead of a NaN
         self.ulysses = self._start_ulysses(model)
+        self.pipeline = self._start_pipeline(model)
         self.native = native_blocks(model)
         self._drops_tokens = any(block.layer.drop_tokens for block in self.native.values())
 
@@ -221,6 +228,14 @@ class ExpertParallelTraining(Trainer):
             raise ValueError("padding-free batches and packing by documents: not with sequence_parallel_size")
         return Ulysses(model, size, self.args.per_device_train_batch_size, self.accelerator)
 
+    def _start_pipeline(self, model: Any) -> Pipeline | None:
+        stages = self._asked_degrees().pp
+        if stages == 1:
+            return None
+        if is_adapted(model):
+            raise ValueError("adapters: not with pipeline.stages; train all weights, or remove pipeline")
+        return Pipeline(model, stages, self.accelerator)
+
     def _choose_balancing(self, model: Any, balance: Balance | None) -> Balancing:
         # TRL decides whether it adds the model's loss; a plain Trainer leaves that to the config.
         in_config = bool(getattr(model.config, "output_router_logits", False))
@@ -235,6 +250,7 @@ class ExpertParallelTraining(Trainer):
             native_layers_balance=any(block.layer.aux_loss == "layer" for block in self.native.values()),
             layers_differ=not self.family.pools_layers,
             sequence_parallel=self.ulysses is not None,
+            in_stages=self.pipeline is not None,
             trainer_weighs_it=hasattr(self, "aux_loss_enabled"),
         )
         if chosen.source is not Source.MODEL:
@@ -256,6 +272,8 @@ class ExpertParallelTraining(Trainer):
         self.checkpoints.clear(self.args.output_dir)
         # 1. What the blocks compute before AutoEP converts them; native ones were asked already.
         question = self._ask_blocks()
+        asked = self._asked_degrees()
+        expert_groups_of(asked.pp)
 
         def converted(engine: Any) -> None:
             self._finish_layers()
@@ -265,8 +283,9 @@ class ExpertParallelTraining(Trainer):
         # 2. Experts that are still on disk are read by the layers that take them, while the engine is built.
         resumes = resume_from_checkpoint is not None
         before_loading = converted if resumes else None
-        reading = reading_bar(self.model, share=1 / self._asked_degrees().ep)
-        with any_layout(self.family, before_loading), self._adapters(), reading:
+        reading = reading_bar(self.model, share=1 / asked.ep)
+        stages = self.pipeline.building(self) if self.pipeline is not None else nullcontext()
+        with any_layout(self.family, before_loading), self._adapters(), reading, stages:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         refuse_unread(self.model)
         report_reading()
@@ -297,6 +316,7 @@ class ExpertParallelTraining(Trainer):
         paths: list[str] = []
         if autoep_section(self._deepspeed_json) is not None:
             paths = list(moe_blocks(self.family, self.source_config.to_dict()))
+            paths = [path for path in paths if not is_elsewhere(self.model, path)]
         how = self.check_conversion
         autocast = self._deepspeed_json.get("torch_autocast") or {}
         if paths and autocast.get("enabled"):
@@ -310,7 +330,8 @@ class ExpertParallelTraining(Trainer):
             dtype = torch.bfloat16
         elif self.args.fp16:
             dtype = torch.float16
-        return ask_before(self.model, paths, how, device=self.args.device, dtype=dtype)
+        askers = self.pipeline.askers if self.pipeline is not None else None
+        return ask_before(self.model, paths, how, device=self.args.device, dtype=dtype, askers=askers)
 
     def _finish_layers(self) -> None:
         """Check that AutoEP built what the JSON asks for, and give it its kernels."""
@@ -325,10 +346,12 @@ class ExpertParallelTraining(Trainer):
     def _prepare_norm(self) -> None:
         """The gradient norm by which DeepSpeed clips: right under tensor parallelism, and fast elsewhere."""
         optimizer = self.model_wrapped.optimizer
-        tensor_parallel = self.get_tp_size() > 1 and self.ulysses is None
+        tensor_parallel = self.get_tp_size() > 1 and self.ulysses is None and self.pipeline is None
         if tensor_parallel:
             count_every_expert_in_the_norm(optimizer)
             self._tp_size = self.get_tp_size()  # TRL counts the tokens that peers share once for each
+        elif self.pipeline is not None:
+            norm_over_stages(optimizer)
         else:
             norm_in_one_pass(optimizer)
 
@@ -366,7 +389,13 @@ class ExpertParallelTraining(Trainer):
         """Watch the routers."""
         ep_size = max(block.ep_size for block in find_blocks(self.model))
         peers = self.ulysses.group if self.ulysses else None
-        self.routing.attach(self.model, ep_size, self.args.device, peers)
+        if self.pipeline is None:
+            self.routing.attach(self.model, ep_size, self.args.device, peers)
+            return
+        in_evaluation = self.balancing.model_loss_in_evaluation
+        self.routing.attach(
+            self.model, ep_size, self.args.device, stage=self.pipeline.stage, loss_in_evaluation=in_evaluation
+        )
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As in HF; the optimizer of the ds_config JSON gets HF's two groups, where HF would decay every weight."""
@@ -378,9 +407,16 @@ class ExpertParallelTraining(Trainer):
     # --- batches
 
     def get_tp_size(self) -> int:
-        """Ranks that read the same rows, which is what transformers and TRL ask for: sequence-parallel peers too."""
+        """Ranks that read the same rows, which is what transformers and TRL ask for: SP peers and stages, too."""
         sequence_parallel = self.ulysses.size if self.ulysses else 1
-        return int(super().get_tp_size()) * sequence_parallel
+        stages = self.pipeline.stages if self.pipeline else 1
+        return int(super().get_tp_size()) * sequence_parallel * stages
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        if self.pipeline is not None:
+            return self.pipeline.deal(loader)
+        return loader
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
@@ -406,6 +442,10 @@ class ExpertParallelTraining(Trainer):
     ) -> Any:
         """The Trainer's loss; in training with the balance terms that :attr:`balancing` says."""
         if not self.model.training:
+            if self.pipeline is not None:
+                with self._model_loss(False):
+                    loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                return loss + self._evaluation_term(inputs)
             with self._model_loss(self.balancing.model_loss_in_evaluation):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -430,7 +470,8 @@ class ExpertParallelTraining(Trainer):
             case Source.MODEL:
                 return 0.0
             case Source.ROUTING:
-                return self.routing.loss(inputs, micro_batches)
+                arrived = self.pipeline.arrived if self.pipeline else None
+                return self.routing.loss(inputs, micro_batches, arrived)
             case Source.NATIVE:
                 aux_loss = mean_aux_loss(recorded, self.native)
                 self._log_mean("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
@@ -451,7 +492,11 @@ class ExpertParallelTraining(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch; returns a loss whose mean over all ranks is the loss, for the log."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        loss: torch.Tensor
+        if self.pipeline is not None:
+            loss = self._step_in_stages(self.pipeline, *args, **kwargs)
+        else:
+            loss = super().training_step(*args, **kwargs)
         self.finite.see(loss)
         if self.accelerator.sync_gradients:
             self.vote.cast()
@@ -465,22 +510,105 @@ class ExpertParallelTraining(Trainer):
             return int(super().floating_point_ops(inputs))
         ids_BT = inputs["input_ids"]
         per_token = sum(train_flops(self._sizes, ids_BT.shape[-1]))
-        return int(ids_BT.numel() * per_token)
+        stages = self.pipeline.stages if self.pipeline else 1  # each of which computes its part of them
+        return int(ids_BT.numel() * per_token / stages)
+
+    # --- in stages
+
+    def _step_in_stages(
+        self, pipeline: Pipeline, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Hold a micro-batch back; with the last one of an optimizer step make that step."""
+        # 1. The others of this step are still to come.
+        self.model.train()
+        pipeline.hold(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches = pipeline.take()
+
+        # 2. The engine takes the mean over micro-batches. A loss that was divided by the tokens of the whole step is
+        #    one of the parts of a sum.
+        parts = len(batches) if num_items_in_batch is not None else 1
+
+        def finish(batch: Any, hidden: torch.Tensor, arrived: torch.Tensor | None) -> torch.Tensor:
+            return parts * self._finish_in_stages(pipeline, batch, hidden, arrived, num_items_in_batch)
+
+        carry = self.routing.aux.carried if self.routing.aux is not None else None
+        loss: torch.Tensor = pipeline.engine.train_passage(Passage(batches=batches, finish=finish, carry=carry))
+
+        # 3. What TRL has counted on the last stage; its log and ours are written on the first.
+        if hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens: int = pipeline.from_last_stage(self._total_train_tokens)
+        return loss
+
+    def _finish_in_stages(
+        self, pipeline: Pipeline, batch: Any, hidden: torch.Tensor, arrived: torch.Tensor | None, num_items: Any = None
+    ) -> torch.Tensor:
+        """The loss of one micro-batch on the last stage: :meth:`compute_loss` of what is left of the model."""
+
+        def rest_of_the_model(*, input_ids: Any, **options: Any) -> Any:
+            return self.model(inputs_embeds=hidden, **options)
+
+        pipeline.arrived = arrived
+        with pipeline.gathers_in_stage():
+            loss: torch.Tensor = self.compute_loss(rest_of_the_model, dict(batch), num_items_in_batch=num_items)
+        return loss
+
+    def _evaluation_term(self, inputs: Any) -> torch.Tensor | float:
+        """The auxiliary loss that TRL adds in evaluation, on the last stage; the model's own would see that alone."""
+        assert self.pipeline is not None
+        aux = self.routing.aux_in_evaluation
+        if aux is None or self.pipeline.arrived is None:
+            return 0.0
+        aux_loss = aux.terms_of_stages(inputs, self.pipeline.arrived)["aux_loss"]
+        self._log_mean("aux_loss", self.accelerator.gather_for_metrics(aux_loss).mean().item(), "eval")
+        return self.balancing.coefficient * aux_loss
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """As in TRL; through the stages there is a loss and no logits."""
+        pipeline = self.pipeline
+        if pipeline is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if not prediction_loss_only:
+            raise ValueError("compute_metrics: not with pipeline.stages; logits stay on the last stage")
+
+        def finish(batch: Any, hidden: torch.Tensor, arrived: torch.Tensor | None) -> torch.Tensor:
+            return self._finish_in_stages(pipeline, batch, hidden, arrived)
+
+        aux = self.routing.aux_in_evaluation
+        carry = aux.carried if aux is not None else None
+        batch = self._prepare_inputs(inputs)
+        loss = pipeline.engine.evaluate_passage(Passage(batches=[batch], finish=finish, carry=carry))
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in HF; each stage's ranks have the losses of all lanes."""
+        if self.pipeline is None:
+            return super().evaluation_loop(*args, **kwargs)
+        if self.pipeline.engine is None:
+            raise RuntimeError("evaluate() before train(): stages are built when training starts")
+        with self.pipeline.gathers_in_stage():
+            return super().evaluation_loop(*args, **kwargs)
 
     # --- the log
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add how evenly tokens were spread: see :data:`moe_models.routing.load.LOGGED`."""
-        logs.update(self.routing.figures(logs, self.state.global_step, self.args.output_dir))
+        figures = self.routing.figures(logs, self.state.global_step, self.args.output_dir)
+        if self.pipeline is not None:  # losses, and TRL's figures, are known on the last stage
+            figures, metrics = self.pipeline.from_last_stage((figures, dict(getattr(self, "_metrics", {}))))
+            for mode, values in metrics.items():
+                self._metrics[mode].update(values)
+        logs.update(figures)
         if self.step_log is not None:
             logs.update(self.step_log.figures(logs, self.state))
         super().log(logs, *args, **kwargs)
 
-    def _log_mean(self, name: str, value: float) -> None:
+    def _log_mean(self, name: str, value: float, mode: str = "train") -> None:
         """Let TRL log the mean of these values at the next logging step; a plain Trainer has no place for them."""
         metrics = getattr(self, "_metrics", None)
         if metrics is not None:
-            metrics["train"][name].append(value)
+            metrics[mode][name].append(value)
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         # 1. A rank may have been told to stop. Then this step is saved. An evaluation could outlast the time that is

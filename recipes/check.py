@@ -13,13 +13,15 @@ It needs the ds_config and the model's config.json, no weights. `recipes/finetun
 reads a weight. It prints, from top to bottom:
 
     grid      one box for each rank, a row for each node; ranks of one colour hold one copy of the experts
-    groups    EP exchanges tokens, EDP averages experts, DP the dense part, TP and SP split layers and sequences; and
-              whether a group stays inside a node
+    groups    EP exchanges tokens, EDP averages experts, DP the dense part, TP and SP split layers and sequences, PP
+              passes hidden states on; and whether a group stays inside a node
+    stages    of a pipeline: the layers of each, and how long it waits for the others
     memory    the peak of the fullest GPU by what holds it, with the figures of recipes/plan.py for the same batch:
               weights, gradients and optimizer states in their buffers, activations, routed rows. With --device NAME
               also what the GPU needs beside torch, and whether it fits: yes, tight (the memory is there only if the
               prediction is right, and it was off by up to 9%) or no. Native layers, fp32 and fp16 have no prediction:
-              then it is what ZeRO's shares come to, before activations and buffers
+              then it is what ZeRO's shares come to, before activations and buffers. Of a pipeline it is a GPU of the
+              fullest stage
     host      memory of a node's host to read the model, to train (what is offloaded) and to export and prove it; the
               time to read; the disk that checkpoints and the export take
     traffic   what one rank sends in one optimizer step, over which group; in all exchanged, reduced and gathered
@@ -33,6 +35,7 @@ import argparse
 import math
 import os
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from rich.box import MINIMAL, SQUARE
@@ -47,6 +50,7 @@ from moe_models.errors import Problems, UserError, run, warn
 from moe_models.families.adapters import adapter_sizes
 from moe_models.families.config_json import read_model_config
 from moe_models.families.model import Model
+from moe_models.families.stages import stage_bounds, stage_shares
 from moe_models.families.table import FAMILIES
 from moe_models.planner.case import Case
 from moe_models.planner.devices import GIB, Device, device_names, read_device
@@ -60,14 +64,16 @@ from moe_models.planner.host import (
     host_needs,
     offloaded_bytes,
 )
-from moe_models.planner.memory import Memory, memory_moments
-from moe_models.planner.predict import MEMORY_ERROR, Prediction, predict, refuse_unpredicted
+from moe_models.planner.memory import Memory
+from moe_models.planner.pipeline import pipeline_traffic, stage_cases, telling_stages
+from moe_models.planner.predict import MEMORY_ERROR, Prediction, fullest_moment, predict, refuse_unpredicted
 from moe_models.planner.shares import state_bytes
-from moe_models.planner.traffic import Flow, spans_nodes, traffic
+from moe_models.planner.traffic import Flow, spans_nodes
 from moe_models.preflight.adapters import adapter_layout_problems, plan_problems
 from moe_models.preflight.advice import warnings_for_run
 from moe_models.preflight.flags import length_problems
 from moe_models.preflight.fused import dispatch_line
+from moe_models.preflight.pipeline import bubble
 from moe_models.preflight.run import check_run
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's parser is asked, and would look for a GPU
@@ -223,6 +229,7 @@ def print_case(case: Case, device: Device | None, arguments: argparse.Namespace)
         *grid(case, console.width),
         groups_table(case),
         *reach_line(case),
+        *stage_lines(case),
         *memory_lines(case, device, arguments.host_gib),
         host_lines(case, arguments.read_gb_per_s, arguments.save_total_limit),
         traffic_table(case),
@@ -263,6 +270,8 @@ def grid(case: Case, width: int) -> Iterator[RenderableType]:
     # 3. How to read them.
     if case.spread:
         yield "[dim]ep 0.1: place 0 in EP group 1, whose ranks exchange tokens; e: experts held[/dim]"
+    if case.layout.pp > 1:
+        yield "[dim]pp: the stage; l: its decoder layers; ranks with the same dp in all stages read the same rows[/dim]"
     yield ""
 
 
@@ -279,7 +288,11 @@ def _box(case: Case, rank: int) -> str:
     """What one rank is in each kind of group."""
     layout = case.layout
     at = layout.coordinates(rank)
-    lines = [f"rank {rank}", f"dp {at.dp}"]
+    lines = [f"rank {rank}"]
+    if layout.pp > 1:
+        bounds = stage_bounds(case.model.config, layout.pp)
+        lines += [f"pp {at.pp}", f"l {bounds[at.pp]}-{bounds[at.pp + 1] - 1}"]
+    lines.append(f"dp {at.dp}")
     if layout.tp_size > 1:
         lines.append(f"tp {at.tp}")
     if layout.sp_size > 1:
@@ -291,7 +304,7 @@ def _box(case: Case, rank: int) -> str:
         if len(held) > 1:
             experts += f"-{held[-1]}"
         lines += [f"ep {at.ep}.{at.edp}", experts]
-        colour = COLOURS[at.edp % len(COLOURS)]
+        colour = COLOURS[(at.edp + at.pp * layout.edp_size) % len(COLOURS)]
     text = "\n".join(lines)
     return f"[{colour}]{text}[/{colour}]"
 
@@ -311,6 +324,8 @@ def groups_table(case: Case) -> Table:
         kinds.append(("TP", "matrices, and data", layout.tp_groups()))
     if layout.sp_size > 1:
         kinds.append(("SP", "sequences", layout.sp_groups()))
+    if layout.pp > 1:
+        kinds.append(("PP", "the layers, and data", layout.pp_groups()))
 
     table = Table(box=MINIMAL, title="process groups", title_justify="left", title_style="bold")
     for column in ("group", "ranks share", "groups", "the first", "nodes"):
@@ -352,6 +367,22 @@ def reach_line(case: Case) -> Iterator[str]:
         yield f"[dim]the {top_k} experts of a token lie on at most {reached} of {nodes} nodes ({why})[/dim]\n"
 
 
+def stage_lines(case: Case) -> Iterator[str]:
+    """The stages of a pipeline: how even they are, and how long each waits."""
+    stages = case.layout.pp
+    if stages == 1:
+        return
+    bounds = stage_bounds(case.model.config, stages)
+    runs = [f"{start}-{stop - 1}" for start, stop in pairwise(bounds)]
+    slower = max(stage_shares(case.model.config, stages)) * stages - 1
+    micro_batches = case.work.accumulation
+    idle = bubble(stages, micro_batches)
+    yield (
+        f"[bold]stages[/bold]  layers {', '.join(runs)}; the slowest is {slower:.0%} slower than the mean\n"
+        f"        with {micro_batches} micro-batches a step each stage waits {idle:.0%} of it\n"
+    )
+
+
 def _limits_groups(config: Mapping[str, Any]) -> bool:
     """Whether a token's experts come from some groups of experts only (DeepSeek, arXiv 2412.19437, section 2.1.2)."""
     method = config.get("topk_method", "group_limited_greedy")
@@ -379,12 +410,12 @@ def memory_lines(case: Case, device: Device | None, host_gib: float) -> Iterator
         yield from _shares_lines(case, f"[dim]        {error}[/dim]")
         return
     if device is None:
-        moments = memory_moments(case, reserved_gib=0)
-        yield from _memory_without_device(max(moments, key=lambda moment: moment.needed))
+        yield from _memory_without_device(fullest_moment(telling_stages(case), reserved_gib=0))
     else:
         yield from _memory_of_device(predict(case, device), host_gib)
     if case.ds.offloaded:
-        yield f"        in host memory, for each rank: {gib(offloaded_bytes(case))} ({' and '.join(case.ds.offloaded)})"
+        on_host = max(offloaded_bytes(stage) for stage in telling_stages(case))
+        yield f"        in host memory, for each rank: {gib(on_host)} ({' and '.join(case.ds.offloaded)})"
 
 
 def _memory_without_device(memory: Memory) -> Iterator[str]:
@@ -420,16 +451,20 @@ def _memory_of_device(prediction: Prediction, host_gib: float) -> Iterator[str]:
 
 
 def _shares_lines(case: Case, reason: str) -> Iterator[str]:
-    """What ZeRO's shares come to, where the planner has no prediction."""
+    """What ZeRO's shares come to, where the planner has no prediction; of a pipeline those of the largest stage."""
     trained = case.trained.share if case.adapter is not None else None
-    states = state_bytes(case.ds, case.sizes, case.layout, case.work.element_bytes, trained)
+    of_each = []
+    for stage in stage_cases(case):
+        of_each.append(state_bytes(case.ds, stage.sizes, stage.layout, case.work.element_bytes, trained))
+    states = max(of_each, key=lambda of_one: sum(of_one.values()))
     here: dict[str, int] = {}
     on_host: dict[str, int] = {}
     for name, count in states.items():
         place = on_host if name in case.ds.offloaded else here
         place[name] = count
+    of_stage = " of the largest stage" if case.layout.pp > 1 else ""
     yield f"[bold]memory[/bold]  GiB: {_sum_of(here)}"
-    yield f"        = {gib(sum(here.values()))} on each rank with AdamW, before activations and buffers"
+    yield f"        = {gib(sum(here.values()))} on each rank{of_stage} with AdamW, before activations and buffers"
     if on_host:
         yield f"        in host memory, for each rank: {_sum_of(on_host)}"
     yield reason
@@ -437,7 +472,7 @@ def _shares_lines(case: Case, reason: str) -> Iterator[str]:
 
 def host_lines(case: Case, gb_per_s: float, save_total_limit: int | None) -> str:
     """Memory of a node's host in each phase, the time to read, and the disk."""
-    needs = host_needs(case)
+    needs = host_needs(stage_cases(case)[0])
     speed = f"{gb_per_s:g} GB/s a node"
     if gb_per_s == READ_GB_PER_S:
         speed += " (assumed; --read_gb_per_s)"
@@ -476,7 +511,7 @@ def _sum_of(states: Mapping[str, int]) -> str:
 def traffic_table(case: Case) -> RenderableType:
     """What each rank sends in one optimizer step, over which group."""
     work = case.work
-    flows = traffic(case)
+    flows = pipeline_traffic(case)
     length = math.ceil(work.length / case.layout.sp_size)
     title = f"one optimizer step, {work.accumulation} x {work.micro_batch} x {length} tokens on each rank at most"
     if not flows:

@@ -185,13 +185,13 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str, s
 
     from moe_models.checkpoint.card import measured_in, read_facts, write_card
     from moe_models.checkpoint.export import export
-    from moe_models.checkpoint.from_folder import FolderSource
+    from moe_models.checkpoint.from_stages import open_folder
     from moe_models.checkpoint.hf_folder import ExportError
     from moe_models.checkpoint.origin import compare, read_origin
     from moe_models.routing.callback import BIAS_FILE
 
     # 2. The checkpoint's files, the model's config, and the model that it started from.
-    tensors = FolderSource(checkpoint, family)
+    tensors = open_folder(checkpoint, family)
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except Exception as error:  # transformers raises many kinds for values that it cannot use

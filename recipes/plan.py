@@ -20,7 +20,9 @@
 
 Compared are ZeRO 1 to 3 x expert (EP), tensor (TP) and sequence (SP) parallelism x micro-batch x activation
 checkpointing x offload, as far as the preflight accepts them, all with the same tokens in an optimizer step. EP above 1
-is DeepSpeed's AutoEP; without EP it is the plain Hugging Face model.
+is DeepSpeed's AutoEP; without EP it is the plain Hugging Face model. On several nodes pipeline stages (PP) of whole
+nodes are compared, too. On one node they are not: they divide the 4 bytes of weights and gradients of each parameter,
+which EP inside a node does as well, and wait for each other.
 
 These tables have one row for each layout, the best first:
 
@@ -31,9 +33,9 @@ These tables have one row for each layout, the best first:
     run       with --dataset_tokens: hours, GPU hours and, with --price_per_gpu_hour, what they cost
     memory    the peak of the fullest GPU by what holds it; "skew" is room for a GPU whose experts get more tokens than
               the mean, "other" the CUDA context, NCCL and fragments
-    time      of a step, by what it is spent on
+    time      of a step, by what it is spent on; "stages" is what a pipeline's stage waits for the others and sends them
     wire      what one rank sends in a step: exchanged (all-to-all), reduced (gradients, tensor-parallel sums), gathered
-              (weights), and how much of it in groups that span nodes
+              (weights), passed on (between the stages of a pipeline), and how much of it in groups that span nodes
     host      the memory that a node's host needs to read the model, to train (what is offloaded) and to export and
               prove it, which of the three is the peak, the time to read, and the size of one checkpoint
 
@@ -54,7 +56,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,13 +71,24 @@ from moe_models.families.model import Model
 from moe_models.families.table import FAMILIES
 from moe_models.files import write
 from moe_models.planner.devices import GIB, device_names, read_device
-from moe_models.planner.figures import PARTS, TIMES, WAYS, gib, memory_cells, sent_across, sent_by_way
+from moe_models.planner.figures import (
+    PARTS,
+    STAGES,
+    TIMES,
+    gib,
+    memory_cells,
+    sent_across,
+    sent_by_way,
+    times_of,
+    ways_of,
+)
 from moe_models.planner.host import READ_GB_PER_S, adapter_bytes, checkpoint_bytes, export_bytes, has_safetensors
+from moe_models.planner.pipeline import pipeline_traffic
 from moe_models.planner.predict import MEMORY_ERROR, Verdict
 from moe_models.planner.search import ALIKE, PRESETS, Plan, Request, nothing_fits, search
-from moe_models.planner.traffic import traffic
 from moe_models.preflight.adapters import plan_problems
 from moe_models.preflight.liger import no_kernels
+from moe_models.preflight.pipeline import bubble
 
 PHASES = ("read", "train", "export")
 """Fields of :class:`~moe_models.planner.host.Host`, and the columns of their table."""
@@ -352,17 +365,22 @@ def ranking_cells(plan: Plan) -> list[str]:
     ]
 
 
-def time_cells(plan: Plan) -> list[str]:
-    """Milliseconds by what they are spent on, their sum last."""
+def time_cells(plan: Plan, columns: Mapping[str, str]) -> list[str]:
+    """Milliseconds by what they are spent on, their sum last; ``columns`` are those of :func:`times_of`."""
     time = plan.prediction.time
-    parts = [f"{1e3 * getattr(time, part):,.0f}" for part in TIMES]
+    parts = [f"{1e3 * getattr(time, part):,.0f}" for part in columns]
     return [*parts, f"{1e3 * time.total:,.0f}"]
 
 
-def wire_cells(plan: Plan) -> list[str]:
-    """GB that one rank sends in a step, by what becomes of them, and across nodes."""
-    flows = traffic(plan.case)
-    sent = [*sent_by_way(flows).values(), sent_across(flows)]
+def wire_cells(plan: Plan, ways: list[str]) -> list[str]:
+    """GB that one rank sends in a step, by what becomes of them, and across nodes.
+
+    Of a pipeline it is a rank of the costliest stage. ``ways`` are those of
+    :func:`~moe_models.planner.figures.ways_of`.
+    """
+    flows = pipeline_traffic(plan.case)
+    by_way = sent_by_way(flows)
+    sent = [*(by_way[way] for way in ways), sent_across(flows)]
     return [f"{count / 1e9:,.1f}" for count in sent]
 
 
@@ -420,17 +438,19 @@ def memory_table(rows: list[Row], request: Request) -> Table:
 
 def time_table(rows: list[Row]) -> Table:
     """Where the time of a step goes."""
-    table = _table("time of a step in ms, what is hidden left out", ["", *TIMES.values(), "in all"])
+    columns = times_of(row.first.case for row in rows)
+    table = _table("time of a step in ms, what is hidden left out", ["", *columns.values(), "in all"])
     for number, row in enumerate(rows, 1):
-        table.add_row(str(number), *time_cells(row.first), style=row.style)
+        table.add_row(str(number), *time_cells(row.first, columns), style=row.style)
     return table
 
 
 def wire_table(rows: list[Row]) -> Table:
-    """What one rank sends: expert parallelism exchanges tokens, ZeRO-3 gathers every weight."""
-    table = _table("a rank sends in a step, in GB", ["", *dict.fromkeys(WAYS.values()), "across nodes"])
+    """What one rank sends: expert parallelism exchanges tokens, ZeRO-3 gathers every weight, stages pass on."""
+    ways = ways_of(row.first.case for row in rows)
+    table = _table("a rank sends in a step, in GB", ["", *ways, "across nodes"])
     for number, row in enumerate(rows, 1):
-        table.add_row(str(number), *wire_cells(row.first), style=row.style)
+        table.add_row(str(number), *wire_cells(row.first, ways), style=row.style)
     return table
 
 
@@ -489,7 +509,23 @@ def why(plans: list[Plan]) -> str:
             text = _comparison(first, row)
     if not text:
         text = _nothing_to_compare([plan for row in as_sure for plan in row.plans], plans)
-    return text + _of_tight(first, rows)
+    return text + _of_stages(first.first, plans) + _of_tight(first, rows)
+
+
+def _of_stages(first: Plan, plans: list[Plan]) -> str:
+    """On several nodes, where the first is no pipeline: what the best pipeline would pay; else empty."""
+    staged = [plan for plan in plans if plan.verdict == first.verdict and plan.case.ds.pp_size > 1]
+    if first.case.ds.pp_size > 1 or not staged:
+        return ""
+    best = max(staged, key=lambda plan: plan.prediction.tokens_per_s)
+    ours = first.prediction.time
+    theirs = best.prediction.time
+    idle = bubble(best.case.ds.pp_size, best.case.work.accumulation)
+    return (
+        f" The best pipeline, {best.name}, takes {_percent(_faster(first, best))} longer: its stages wait {idle:.0%} "
+        f"of the turns and send for {1e3 * theirs.stages:,.0f} ms a step, where the first gathers and reduces for "
+        f"{1e3 * ours.reduce_gather:,.0f} ms (and {1e3 * theirs.reduce_gather:,.0f} there)."
+    )
 
 
 def _of_tight(first: Row, rows: list[Row]) -> str:
@@ -572,17 +608,18 @@ def _comparison(one: Row, other: Row) -> str:
 
     # 2. Faster: by the part of the step in which it wins most, against the one in which it loses most. In seconds.
     gains = {}
-    for part in TIMES:
+    for part in TIMES | STAGES:
         gains[part] = getattr(second.prediction.time, part) - getattr(first.prediction.time, part)
     best = max(gains, key=lambda part: gains[part])
     worst = min(gains, key=lambda part: gains[part])
+    names = {**TIMES, "stages": "stages that wait"}
     text = f"{one.name} beats {other.name} by {_percent(faster)}: "
-    text += f"{1e3 * gains[best]:,.0f} ms a step less for {TIMES[best]}"
+    text += f"{1e3 * gains[best]:,.0f} ms a step less for {names[best]}"
     reason = _reason(best, first, second)
     if reason:
         text += f" ({reason})"
     if -gains[worst] > 0.05 * gains[best]:
-        text += f", against {-1e3 * gains[worst]:,.0f} ms more for {TIMES[worst]}"
+        text += f", against {-1e3 * gains[worst]:,.0f} ms more for {names[worst]}"
     return text + "."
 
 
@@ -593,6 +630,8 @@ def _reason(part: str, first: Plan, second: Plan) -> str:
             return _reason_of_compute(first, second)
         case "all_to_all":
             fewer = first.case.ds.ep_size <= second.case.ds.ep_size
+            if first.case.ds.ep_size < second.case.ds.ep_size and first.case.ds.pp_size > 1:
+                return "tokens stay in the node, and only hidden states pass from stage to stage"
             return "fewer tokens leave the GPU" if fewer else ""
         case "optimizer":
             on_host = second.offload and not first.offload
@@ -625,6 +664,8 @@ def _reason_of_reduce_gather(first: Plan, second: Plan) -> str:
     other = second.case.ds
     if other.zero_stage == 3 and ds.zero_stage < 3:
         return "ZeRO-3 gathers every weight for each pass"
+    if ds.pp_size > other.pp_size:
+        return "a stage reduces and gathers its own layers only"
     if ds.ep_size > other.ep_size:
         return "experts that stay where they are need no gathering and fewer reductions"
     if other.tp_size > ds.tp_size:

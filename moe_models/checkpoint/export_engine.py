@@ -8,11 +8,13 @@ from typing import Any
 
 from moe_models.checkpoint.export import export
 from moe_models.checkpoint.from_engine import EngineSource
+from moe_models.checkpoint.from_engine_stages import StagesSource
 from moe_models.checkpoint.merged import MergedSource
 from moe_models.checkpoint.origin import Comparison, Origin, compare, refuse_unchanged
 from moe_models.checkpoint.proof import ExportProof, prove_folder, record_logits
 from moe_models.engine.lora import is_adapted
 from moe_models.engine.native import exact_routing
+from moe_models.engine.pipeline.cut import stage_held
 from moe_models.families.table import Family
 from moe_models.routing.callback import Routing
 
@@ -58,7 +60,9 @@ def export_engine(
 
     # 2. Every tensor from the rank that owns it; its fingerprint is taken there.
     source = EngineSource(engine, family)
-    if is_adapted(engine.module):
+    if stage_held(engine) is not None:
+        source = StagesSource(engine, family)
+    elif is_adapted(engine.module):
         source = MergedSource(engine, family)
     proofs: list[tuple[ExportProof, Comparison | None]] = []
 

@@ -7,6 +7,7 @@ Under ``global_step<N>/`` DeepSpeed 0.19.8 writes:
   has its shards in ``mp_rank_<t>``, and an expert's file has the number of a peer that held it.
 - Native layers (ZeRO 1 and 2): the same, with the tensors of one expert module in each file. The numbers of layers
   count MoE blocks.
+- A pipeline: the same for each stage s, with ``mp_rank_<s>`` (:mod:`moe_models.checkpoint.from_stages`).
 - ZeRO-3: ``zero_pp_rank_<r>_mp_rank_00_model_states.pt`` has names and shapes. The weights are fp32 partitions in
   ``*zero_pp_rank_<r>_mp_rank_00_optim_states.pt`` (:mod:`moe_models.checkpoint.partitions`).
 
@@ -151,18 +152,21 @@ class FolderSource:
 
     :attr:`blocks` has the blocks whose experts are kept apart from the other tensors, by module path.
 
+    ``stage`` is the stage of a pipeline, whose tensors these are.
+
     Raises:
         UserError: from ``__init__``, if files are missing (all are named) or the layout is not one listed above.
     """
 
-    def __init__(self, checkpoint: Path, family: Family) -> None:
+    def __init__(self, checkpoint: Path, family: Family, stage: int = 0) -> None:
         self._step = find_step_folder(checkpoint)
+        self._stage = stage
         if any(self._step.glob("zero_pp_rank_*_mp_rank_01_model_states.pt")):
             raise UserError(f"{self._step}: ZeRO-3 with tensor parallelism; this export joins ZeRO 1 and 2 only")
         # 1. The model states: of each tensor-parallel peer, or of each rank of ZeRO-3 with its partition.
         self._partitions: Partitions | None = None
-        if (self._step / "mp_rank_00_model_states.pt").exists():
-            self._models = _open_whole(self._step)
+        if (self._step / model_states_file(0)).exists():
+            self._models = _open_whole(self._step, stage)
         else:
             self._models, self._partitions = _open_zero3(self._step)
         # 2. What is in them: dense tensors by module name, and the blocks that keep their experts elsewhere.
@@ -182,6 +186,14 @@ class FolderSource:
     def writers(self) -> list[int]:
         """See :class:`~moe_models.checkpoint.source.TensorSource`: one process reads and writes all."""
         return [0]
+
+    def holds(self, name: str) -> bool:
+        """Whether it has a dense tensor."""
+        return name in self._names
+
+    def holds_block(self, path: str) -> bool:
+        """Whether it has the experts of an MoE block."""
+        return path in self.blocks or plain_parameter(path, "down") in self._names
 
     @torch.no_grad()
     def dense(self, name: str) -> torch.Tensor:
@@ -279,9 +291,9 @@ class FolderSource:
         _require_files(files)
 
     def _expert_file(self, block: SavedBlock, expert: int) -> Path:
-        """The file of one expert; with tensor parallelism it has the number of a peer that held the expert."""
+        """The file of one expert; it has the number of the stage, or of a tensor-parallel peer that held the expert."""
         files = [
-            self._step / f"layer_{block.number}_expert_{expert}_mp_rank_{peer:02d}_model_states.pt"
+            self._step / f"layer_{block.number}_expert_{expert}_{model_states_file(self._stage + peer)}"
             for peer in range(len(self._models))
         ]
         return next((path for path in files if path.exists()), files[0])
@@ -302,11 +314,33 @@ def expert_places(shape: torch.Size, expert: int, projection: str) -> tuple[rang
     return range(first, first + numel), torch.Size((rows, columns))
 
 
-def _open_whole(step: Path) -> list[dict[str, Any]]:
-    """The model states of ZeRO 0 to 2, one for each tensor-parallel peer."""
-    first = _load_with(step / "mp_rank_00_model_states.pt", "module")
+def model_states_file(number: int) -> str:
+    """The file of model states of a tensor-parallel peer, or of a pipeline stage."""
+    return f"mp_rank_{number:02d}_model_states.pt"
+
+
+def stages_in(step: Path) -> int:
+    """How many pipeline stages wrote a checkpoint; 1 where none of its files says it."""
+    first = step / model_states_file(0)
+    if not first.exists():
+        return 1
+    return pipeline_degree(load_states(first))
+
+
+def pipeline_degree(model: Mapping[str, Any]) -> int:
+    """The same, from the model states of one rank: DeepSpeed's ``mp_world_size`` counts stages and peers alike."""
+    return int((model.get("checkpoint_parallel_dimensions") or {}).get("pp_degree") or 1)
+
+
+def _open_whole(step: Path, stage: int) -> list[dict[str, Any]]:
+    """The model states of ZeRO 0 to 2: of a pipeline's stage, or one for each tensor-parallel peer."""
+    first = _load_with(step / model_states_file(0), "module")
+    stages = pipeline_degree(first)
+    if stages > 1:
+        _require_files([step / model_states_file(number) for number in range(stages)])
+        return [_load_with(step / model_states_file(stage), "module")]
     peers = int(first.get("mp_world_size") or 1)
-    files = [step / f"mp_rank_{peer:02d}_model_states.pt" for peer in range(peers)]
+    files = [step / model_states_file(peer) for peer in range(peers)]
     _require_files(files)
     return [first] + [_load_with(path, "module") for path in files[1:]]
 

@@ -9,10 +9,11 @@ What each rank reads, and when:
 - A dense tensor, which every rank keeps: when ``from_pretrained`` is done, one by one, on a GPU straight to the device.
 - Experts of a layout that spreads them: only this rank's, when AutoEP (inside ``deepspeed.initialize``) or the native
   layer (``engine/native.py``) takes them. Without such a section they are read like dense tensors.
+- With pipeline stages the same of this rank's stage; the other layers are taken out before anything is read.
 - Under ZeRO-3 this rank's partition of each tensor: its range of the flattened tensor, inside ``from_pretrained``.
 
-Together the ranks of one expert-parallel group hold the checkpoint once, and not once each. Where that cannot be done
-(:func:`why_ordinary`) every rank reads the whole model, and a line says so and what it costs.
+Together the ranks of one expert-parallel group (of each stage) hold the checkpoint once, and not once each. Where that
+cannot be done (:func:`why_ordinary`) every rank reads the whole model, and a line says so and what it costs.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from moe_models.checkpoint.model_files import check_model_files, type_problems, 
 from moe_models.checkpoint.on_disk import TALLY, LazyFile, OnDisk, give_back
 from moe_models.config.ds_config import DsConfig
 from moe_models.engine.blocks import plain_parameter
+from moe_models.engine.pipeline.cut import keep_stage
 from moe_models.errors import RunError, UserError, one_line, some_of, warn
+from moe_models.families.stages import stage_of
 from moe_models.families.table import EXPERT_PROJECTIONS, FAMILIES, moe_blocks
-from moe_models.ranks import rank, ranks_per_node
+from moe_models.ranks import rank, ranks_per_node, world_size
 
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """What transformers and safetensors raise for files that they cannot use."""
@@ -135,6 +138,8 @@ def _read_own_share(
     experts = set(expert_parameters(config)) if ds.spreads_experts else set()
     with nothing_read(experts), reading_bar():
         model = _from_pretrained(name, dtype, options)
+        if ds.pp_size > 1:
+            keep_stage(model, stage_of(config.to_dict(), ds.pp_size, rank(), world_size()))
         read_dense(model, experts, device)
     return model
 

@@ -22,13 +22,15 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from moe_models.checkpoint.adapter_states import AdapterStates
-from moe_models.checkpoint.from_folder import FolderSource, find_step_folder, load_states
+from moe_models.checkpoint.from_folder import find_step_folder, load_states
+from moe_models.checkpoint.from_stages import StagesStates, open_folder, open_states
 from moe_models.checkpoint.partitions import MASTER_WEIGHT, share_of
 from moe_models.checkpoint.saved_states import KEYS, WEIGHT, SavedStates, TrainedStates
 from moe_models.checkpoint.source import is_writer
 from moe_models.checkpoint.tp_shards import own_shard, split_dimension
 from moe_models.engine.blocks import ExpertParameter, find_blocks, whole_shape
 from moe_models.engine.lora import adapter_facts, checkpoints_of_trained_tensors, is_adapted, weights_from_masters
+from moe_models.engine.pipeline.cut import stage_held
 from moe_models.engine.plain_checkpoints import reads_with
 from moe_models.errors import Problems, UserError
 from moe_models.families.table import Family
@@ -63,8 +65,13 @@ def describe_engine(engine: Any) -> dict[str, Any]:
         "experts": experts,
         "ep_size": max((block.ep_size for block in blocks), default=1),
         "tp_size": max(1, engine.autotp_size()),
+        "pp_size": 1,
         "precision": str(precision).removeprefix("torch."),
     }
+    stage = stage_held(engine)
+    if stage is not None:
+        description["pp_size"] = stage.count
+        description["pp_bounds"] = list(stage.bounds)
     if is_adapted(engine.module):
         description[ADAPTERS] = adapter_facts(engine)
     return description
@@ -159,7 +166,7 @@ def _require_all_files(checkpoint: Path, family: Family, saved: dict[str, Any] |
         if not (checkpoint / ADAPTER_WEIGHTS).exists():
             raise UserError(f"{checkpoint}: holds no {ADAPTER_WEIGHTS}; it is incomplete, use an earlier one")
     elif saved["zero_stage"] < 3:
-        FolderSource(checkpoint, family)
+        open_folder(checkpoint, family)
     else:
         kinds.append("model")
     if saved["zero_stage"] > 0:
@@ -181,7 +188,7 @@ def load_other_layout(engine: Any, checkpoint: Path, family: Family) -> None:
         UserError: the files are damaged or incomplete, a trained parameter has no state in them, or the engine's
             optimizer is none of DeepSpeed's ZeRO 1, 2, 3 over Adam or AdamW in memory.
     """
-    states = SavedStates(checkpoint, family)
+    states = open_states(checkpoint, family)
     shares = _shares_of(engine)
     reader = _Reader(engine.module, family, states)
     # 1. Weights and moments: read what this rank keeps, one tensor after the other.
@@ -232,7 +239,7 @@ def load_adapter_of_other_layout(engine: Any, checkpoint: Path, family: Family, 
     _resume_counters(engine, states)
 
 
-def _resume_counters(engine: Any, states: TrainedStates) -> None:
+def _resume_counters(engine: Any, states: TrainedStates | StagesStates) -> None:
     """What is counted: by Adam, by the loss scaler of fp16, by the engine and by the schedule."""
     _set_step(engine.optimizer.optimizer, states.optimizer_step)
     scaler = states.loss_scaler
@@ -246,9 +253,11 @@ def _resume_counters(engine: Any, states: TrainedStates) -> None:
 class _Reader:
     """What this rank's parameters are made of: a block's experts may be spread, stacked or fused, here and there."""
 
-    def __init__(self, module: torch.nn.Module, family: Family, states: SavedStates) -> None:
+    def __init__(self, module: torch.nn.Module, family: Family, states: SavedStates | StagesStates) -> None:
         self._family = family
         self._states = states
+        # A tied head that has a pipeline stage of its own.
+        self._saved_as: dict[str, str] = getattr(module, "saved_as", {})
         self._experts: dict[str, tuple[str, ExpertParameter]] = {}
         for block in find_blocks(module):
             for parameter in block.parameters():
@@ -258,7 +267,7 @@ class _Reader:
         """What parameter ``name`` stands for on this rank, all of it: with experts that are spread, those of this
         rank."""
         if name not in self._experts:
-            return self._states.dense(self._family.autoep_to_module(name), key)
+            return self._states.dense(self._module_name(name), key)
         path, parameter = self._experts[name]
         return self._built(path, parameter, key)
 
@@ -268,7 +277,7 @@ class _Reader:
         ``here`` is its shape in the engine. Of experts those are read that have values at ``places``.
         """
         if name not in self._experts:
-            module_name = self._family.autoep_to_module(name)
+            module_name = self._module_name(name)
             return self._states.part(module_name, key, places), self._states.shape(module_name, key)
         path, parameter = self._experts[name]
         # 1. Which of the parameter's experts have values there.
@@ -284,6 +293,9 @@ class _Reader:
         start = places.start - first * each
         return built.flatten()[start : start + len(places)], shape
 
+    def _module_name(self, name: str) -> str:
+        return self._saved_as.get(name) or self._family.autoep_to_module(name)
+
     def _built(self, path: str, parameter: ExpertParameter, key: str) -> torch.Tensor:
         def read(projection: str, expert: int) -> torch.Tensor:
             return self._states.expert(path, projection, expert, key)
@@ -291,7 +303,7 @@ class _Reader:
         return parameter.build(read)
 
 
-def _set_buffers(module: torch.nn.Module, family: Family, states: SavedStates) -> None:
+def _set_buffers(module: torch.nn.Module, family: Family, states: SavedStates | StagesStates) -> None:
     kept = module.state_dict()
     for name, buffer in module.named_buffers():
         if name in kept:  # others are computed, not saved
@@ -442,5 +454,5 @@ def saved_layout(checkpoint: str | Path) -> dict[str, Any] | None:
     file = Path(checkpoint) / LAYOUT_FILE
     if not file.is_file():
         return None
-    # Early files do not have the key; then there was no tensor parallelism.
-    return {"tp_size": 1, **read_json(file)}
+    # Early files do not have the keys; then there was no tensor parallelism, and there were no stages.
+    return {"tp_size": 1, "pp_size": 1, **read_json(file)}

@@ -12,13 +12,13 @@ Ranks are numbered as they were started: rank r is tensor-parallel peer ``r % tp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_models.checkpoint.from_folder import FolderSource, expert_places, find_step_folder, load_states
+from moe_models.checkpoint.from_folder import FolderSource, expert_places, find_step_folder, load_states, stages_in
 from moe_models.checkpoint.partitions import (
     MASTER_WEIGHT,
     Partition,
@@ -43,21 +43,26 @@ class TrainedStates:
     """What the ranks of a checkpoint trained: partitions, and which ranks share one.
 
     :attr:`counters` are the engine's: ``global_steps``, ``lr_scheduler`` and the like. :attr:`loss_scaler` is
-    DeepSpeed's; it matters for fp16 only.
+    DeepSpeed's; it matters for fp16 only. Of a pipeline it has one ``stage``, whose ranks count from 0.
 
     Raises:
         UserError: from ``__init__``, if files are missing or cannot be read as plain tensors.
     """
 
-    def __init__(self, checkpoint: Path, family: Family) -> None:
+    def __init__(self, checkpoint: Path, family: Family, stage: int = 0) -> None:
         # 1. The engine's counters, and how many ranks there were.
         self._step = find_step_folder(checkpoint)
-        self._models = _load_models(self._step)
+        only: int | None = None
+        if stages_in(self._step) > 1:
+            only = stage
+        self._models = _load_models(self._step, only)
         self.counters = {key: value for key, value in self._models[0].items() if key != "module"}
-        self.tp_size = int(self.counters.get("mp_world_size") or 1)
+        self.tp_size = 1
+        if only is None:
+            self.tp_size = int(self.counters.get("mp_world_size") or 1)
         self.world_size = int(self.counters["dp_world_size"]) * self.tp_size
         # 2. The optimizer states of every rank, and where each parameter is in them.
-        optimizers = _load_optimizers(self._step, self.world_size)
+        optimizers = _load_optimizers(self._step, self.world_size, only)
         self.loss_scaler = optimizers[0].get("loss_scaler")
         self._partitions = Partitions(self._step, _partitions_of(self._models, optimizers))
         # 3. Module name -> stored name of every trained tensor.
@@ -94,16 +99,16 @@ class TrainedStates:
 class SavedStates(TrainedStates):
     """See the module. ``dense`` and ``expert`` raise UserError for what the checkpoint does not hold."""
 
-    def __init__(self, checkpoint: Path, family: Family) -> None:
+    def __init__(self, checkpoint: Path, family: Family, stage: int = 0) -> None:
         # The weights that the model computes with, and which experts each rank held.
-        self._weights = FolderSource(checkpoint, family)
-        self._blocks = self._weights.blocks
-        super().__init__(checkpoint, family)
+        self.weights = FolderSource(checkpoint, family, stage)
+        self._blocks = self.weights.blocks
+        super().__init__(checkpoint, family, stage)
 
     def dense(self, name: str, key: str) -> torch.Tensor:
         """The tensor with this module-layout name, whole; fp32 but for the weight."""
         if key == WEIGHT:
-            return self._weights.dense(name)
+            return self.weights.dense(name)
         stored = self._stored(name)
         shards = []
         for peer in range(self.tp_size):
@@ -116,7 +121,7 @@ class SavedStates(TrainedStates):
         ``block`` is the module path; ``expert`` counts from 0 to E - 1.
         """
         if key == WEIGHT:
-            return self._weights.expert(block, projection, expert)
+            return self.weights.expert(block, projection, expert)
         saved = self._blocks.get(block)
         if saved is None:  # Hugging Face's own: all experts in one tensor
             name = plain_parameter(block, projection)
@@ -136,26 +141,26 @@ class SavedStates(TrainedStates):
     def part(self, name: str, key: str, places: range) -> torch.Tensor:
         """The values at ``places`` of a flattened dense tensor, [N]. Not of a checkpoint with tensor parallelism."""
         if key == WEIGHT:
-            return self._weights.part(name, places)
+            return self.weights.part(name, places)
         stored = self._stored(name)
         return self._partitions.part(stored, self._replicas_of(stored, 0), places, key)
 
     def shape(self, name: str, key: str) -> torch.Size:
         """The shape of a dense tensor. Not of a checkpoint with tensor parallelism."""
         if key == WEIGHT:
-            return self._weights.shape(name)
+            return self.weights.shape(name)
         return torch.Size(self._partitions.ranks[0].shapes[self._stored(name)])
 
 
-def _load_models(step: Path) -> list[dict[str, Any]]:
-    """The model states: of each tensor-parallel peer, or of each rank under ZeRO-3."""
+def _load_models(step: Path, stage: int | None) -> list[dict[str, Any]]:
+    """The model states: of each tensor-parallel peer, of each rank under ZeRO-3, or of one ``stage`` of a pipeline."""
     files = [path for path in step.glob("*model_states.pt") if "_expert_" not in path.name]
-    return [load_states(path) for path in sorted(files, key=_numbers_in)]
+    return [load_states(path) for path in sorted(_of_stage(files, stage), key=_numbers_in)]
 
 
-def _load_optimizers(step: Path, world_size: int) -> list[dict[str, Any]]:
-    """The optimizer states of each rank."""
-    files = sorted(step.glob("*zero_pp_rank_*_optim_states.pt"), key=_numbers_in)
+def _load_optimizers(step: Path, world_size: int, stage: int | None) -> list[dict[str, Any]]:
+    """The optimizer states of each rank, or of each rank of one ``stage`` of a pipeline."""
+    files = sorted(_of_stage(step.glob("*zero_pp_rank_*_optim_states.pt"), stage), key=_numbers_in)
     if len(files) != world_size:
         raise UserError(
             f"{step}: {len(files)} of {world_size} optimizer files are there; the checkpoint is incomplete, use an "
@@ -173,6 +178,11 @@ def _partitions_of(models: Sequence[Mapping[str, Any]], optimizers: Sequence[Map
     for rank, optimizer in enumerate(optimizers):
         partitions.append(zero12_partition(models[rank % len(models)], optimizer))
     return partitions
+
+
+def _of_stage(files: Iterable[Path], stage: int | None) -> list[Path]:
+    """Those of one stage of a pipeline, which DeepSpeed numbers like tensor-parallel peers; None: all."""
+    return [path for path in files if stage is None or _number_after("mp_rank_", path.name) == stage]
 
 
 def _numbers_in(path: Path) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from moe_models.disk import free_bytes, size
 from moe_models.engine.blocks import find_blocks, whole_shape
 from moe_models.engine.lora import is_adapted
+from moe_models.engine.pipeline.cut import stage_held
 
 
 def checkpoint_bytes(engine: Any) -> int:
@@ -64,6 +65,10 @@ def _weight_bytes(engine: Any, *, trained_only: bool) -> int:
     ep_size = max((block.ep_size for block in blocks), default=1)
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
+    stage = stage_held(engine)
+    if stage is not None:  # the ranks of this stage, which writes its own layers
+        world //= stage.count
+        rank %= world
     dense = 0
     experts = 0
     for parameter in engine.module.parameters():

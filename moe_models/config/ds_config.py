@@ -23,6 +23,7 @@ from moe_models.config.deepspeed_keys import (
 from moe_models.config.expert_parallel import ExpertParallel
 from moe_models.config.layout import Degrees, Layout
 from moe_models.config.moe_section import Moe
+from moe_models.config.pipeline import Pipeline
 from moe_models.config.section import translate
 from moe_models.errors import Problems, one_line, show, unknown_key
 from moe_models.files import read_json
@@ -65,6 +66,8 @@ class DsConfig:
     """Ranks of one sequence-parallel group (``sequence_parallel_size``; 1 is off)."""
     precision: Precision
     """Training precision; "auto" leaves it to the training arguments."""
+    pp_size: int = 1
+    """Stages of the pipeline (``pipeline.stages``; 1 is off)."""
 
     def value(self, section: str, key: str, default: Any = None) -> Any:
         """``raw[section][key]``, or ``default`` where the JSON does not say it."""
@@ -88,7 +91,7 @@ class DsConfig:
 
     def layout(self, world_size: int) -> Layout:
         """The grid of ``world_size`` ranks. Raises UserError if the sizes do not fit."""
-        return Layout(world_size, self.ep_size, self.tp_size, self.sp_size)
+        return Layout(world_size, self.ep_size, self.tp_size, self.sp_size, self.pp_size)
 
     @property
     def offloaded(self) -> frozenset[Offloadable]:
@@ -177,6 +180,7 @@ def load_ds_config(path: str | Path) -> DsConfig:
         zero_stage=int(getattr(sections.get("zero_optimization"), "stage", 0)),
         tp_size=degrees.tp,
         sp_size=degrees.sp,
+        pp_size=degrees.pp,
         precision=precision,
     )
 
@@ -191,7 +195,7 @@ def without_own_autos(deepspeed: dict[str, Any]) -> dict[str, Any]:
 
 def _parse_sections(raw: Mapping[str, Any], problems: Problems) -> dict[str, BaseModel]:
     """Every section that has a type, by name, as far as its values allow one; the others become problems."""
-    models: dict[str, type[BaseModel]] = {"expert_parallel": ExpertParallel, "moe": Moe}
+    models: dict[str, type[BaseModel]] = {"expert_parallel": ExpertParallel, "moe": Moe, "pipeline": Pipeline}
     for name, (module, attribute) in DEEPSPEED_MODELS.items():
         if name in raw:  # the import takes seconds
             models[name] = getattr(importlib.import_module(module), attribute)
@@ -265,7 +269,7 @@ def _top_level_problems(raw: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} = {show(value)}: DeepSpeed no longer has this section; remove it"
         elif key not in TOP_LEVEL_KEYS and key != "moe":
             yield unknown_key("", key, value, [*TOP_LEVEL_KEYS, "moe"])
-    for name in ("expert_parallel", "moe", *DEEPSPEED_MODELS, *SECTION_KEYS):
+    for name in ("expert_parallel", "moe", "pipeline", *DEEPSPEED_MODELS, *SECTION_KEYS):
         if name in raw and not _is_object(raw, name):
             yield f"{name} = {show(raw[name])}: must be an object {{...}}; remove the key to leave the section out"
     for name, allowed in SECTION_KEYS.items():

@@ -85,6 +85,8 @@ class Degrees:
     """Ranks that split each dense matrix."""
     sp: int = 1
     """Ranks that split each sequence."""
+    pp: int = 1
+    """Stages that the layers are cut into."""
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Degrees:
@@ -101,6 +103,7 @@ class Degrees:
             ep=int(ep),
             tp=max(1, int(tensor.get("autotp_size", 1))),  # DeepSpeed's own word for "off" is 0
             sp=int(raw.get("sequence_parallel_size", 1)),
+            pp=int((raw.get("pipeline") or {}).get("stages", 1)),
         )
 
 
@@ -240,6 +243,10 @@ class Layout:
             parts.append(f"PP {self.pp}")
         ranks = "rank" if self.world_size == 1 else "ranks"
         return f"{self.world_size} {ranks}: {', '.join(parts)}, ZeRO-{zero_stage}"
+
+    def pp_groups(self) -> Groups:
+        """Groups that hold the stages of one replica, called lanes: a rank of each stage, which read the same rows."""
+        return tuple(tuple(range(lane, self.world_size, self.stage_size)) for lane in range(self.stage_size))
 
     def _experts_per_rank(self, num_experts: int) -> int:
         if num_experts % self.ep_size:

@@ -16,6 +16,7 @@ from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import nn
 
 from moe_models.engine.blocks import OTHER_BIASES, OWN_BIAS, find_blocks
+from moe_models.engine.pipeline.cut import is_elsewhere
 from moe_models.families.table import FAMILIES, Family, moe_blocks
 
 
@@ -180,7 +181,7 @@ def check_replaced(model: nn.Module, family: Family, config: Mapping[str, Any], 
     """
     # 1. The right blocks.
     found = {block.path: block for block in find_blocks(model) if block.kind == "autoep"}
-    expected = set(moe_blocks(family, config))
+    expected = {path for path in moe_blocks(family, config) if not is_elsewhere(model, path)}
     problems = [f"{path} was not replaced" for path in sorted(expected - set(found))]
     problems += [f"{path} was replaced but is not an MoE block" for path in sorted(set(found) - expected)]
     # 2. The right number of experts in each.

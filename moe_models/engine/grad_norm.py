@@ -47,6 +47,39 @@ def norm_in_one_pass(optimizer: Any) -> None:
     optimizer.scaled_global_norm = scaled_global_norm
 
 
+def norm_over_stages(optimizer: Any) -> None:
+    """Let the ZeRO-1 optimizer of a pipeline take the norm over all stages with one sum over all ranks.
+
+    Left as it is: any other optimizer (DeepSpeed's ``BF16_Optimizer``), and offload to the CPU. All ranks decide alike.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    is_muon = "muon" in type(optimizer.optimizer).__name__.lower()
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload or is_muon:
+        return
+
+    def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
+        assert norm_type == 2, "only L2 norm supported"  # as in DeepSpeed
+        # 1. This rank's gradients. Every element is on one rank of the world, but for a tied head's: that is on the
+        #    first stage, too, and counts there.
+        gradients = []
+        for index, group in optimizer.averaged_gradients.items():
+            real = [gradient for gradient in group or [] if not getattr(gradient, "_zero_padding", False)]
+            for gradient, parameter in zip(real, optimizer.params_in_partition[index], strict=False):
+                if not getattr(parameter, "ds_pipe_replicated", False):
+                    gradients.append(gradient)
+
+        # 2. One sum of squares here, one sum over all ranks.
+        square = local_square(gradients, optimizer.device)
+        dist.all_reduce(square)
+        norm = square.sqrt().float().cpu()
+        return norm if torch.isfinite(norm) else torch.tensor(float("inf"))
+
+    # upstream: deepspeed 0.19.8: as above; and a stage with another number of parameter groups than its neighbours
+    # would wait for sums that they do not make. Remove when: DeepSpeed takes the norm over all groups at once.
+    optimizer.scaled_global_norm = scaled_global_norm
+
+
 def local_square(gradients: list[torch.Tensor], device: Any) -> torch.Tensor:
     """The sum of squares of all elements, fp64 on ``device``.
 

@@ -26,7 +26,8 @@ from torch import nn
 from moe_models.config.layout import Layout
 from moe_models.config.moe_section import MoeLayer
 from moe_models.engine.blocks import split_gate_up
-from moe_models.engine.same_function import How, answer_of_one_rank, block_bytes, chosen, main_dtype
+from moe_models.engine.pipeline.cut import is_elsewhere
+from moe_models.engine.same_function import How, answer_of_one_rank, askers_of, block_bytes, chosen, main_dtype
 from moe_models.errors import UserError
 from moe_models.families.table import Family, moe_blocks
 from moe_models.preflight.native import inexpressible
@@ -125,15 +126,21 @@ def register_deepspeed_moe(model: Any, layer: MoeLayer, family: Family, check_co
         model.config.num_experts_per_tok = layer.k
         model.num_experts_per_tok = layer.k
     # 4. Block after block, so that no more than one is in memory twice.
-    paths = list(moe_blocks(family, config))
+    paths = [
+        path for path in moe_blocks(family, config) if not is_elsewhere(model, path)
+    ]  # of this stage, if it is one
+    experts = dict(zip(moe_blocks(family, config), family.expert_counts(config), strict=True))
     asked = chosen(paths, [block_bytes(model.get_submodule(path)) for path in paths], check_conversion)
-    for path, E in zip(paths, family.expert_counts(config), strict=True):
+    askers = askers_of(model)
+    for path in paths:
         block = model.get_submodule(path)
         block.gate.top_k = layer.k or model.config.num_experts_per_tok
         answer = None
         if path in asked:
-            answer = answer_of_one_rank(block, model.config.hidden_size, asked.index(path), dtype=main_dtype(block))
-        native = _native_block(block, model.config, layer, layout.experts_of(rank, E))
+            answer = answer_of_one_rank(
+                block, model.config.hidden_size, asked.index(path), dtype=main_dtype(block), askers=askers
+            )
+        native = _native_block(block, model.config, layer, layout.experts_of(rank, experts[path]))
         native.was_asked = path in asked
         native.answer_before = answer
         native.asked_in = main_dtype(native)

@@ -6,7 +6,8 @@ the first step each block is asked twice, with the same hidden states: as it cam
 
 - *Before* the conversion (:func:`ask_before`). Experts may be still on disk. One block at a time gets its values, on
   the device where it will train, answers and loses them again. Block i is asked by rank i modulo the number of ranks,
-  so the ranks together read each block once; the conversion then finds it in the page cache.
+  so the ranks together read each block once; the conversion then finds it in the page cache. With pipeline stages
+  these are the ranks of a stage and its blocks.
 - *After* it (:func:`require_same_function`), in one forward pass of the engine. A hook gives each block the hidden
   states of the question. So every layout runs as it trains: dispatch over ranks, gathering under ZeRO-3, and the rank's
   own weights. All else in the model is the same module as before, so equal blocks mean equal logits.
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_models.engine.blocks import hf_model
+from moe_models.engine.pipeline.cut import stage_kept
 from moe_models.errors import RunError, warn
 from moe_models.ranks import rank
 
@@ -54,6 +56,29 @@ TOLERANCE_TF32 = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
+class Askers:
+    """The ranks that have the same blocks and share the asking: all, or those of a pipeline stage."""
+
+    ranks: tuple[int, ...]
+    group: Any = None
+    """Their process group; None for all ranks."""
+
+    def rank_for(self, number: int) -> int:
+        """Which of them asks block ``number``."""
+        return self.ranks[number % len(self.ranks)]
+
+
+def askers_of(model: nn.Module) -> Askers:
+    """The ranks that have the blocks of ``model``. Without their group, which the run's pipeline makes."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    stage = stage_kept(model)
+    if stage is None:
+        return Askers(ranks=tuple(range(world_size)))
+    size = world_size // stage.count
+    return Askers(ranks=tuple(range(stage.index * size, (stage.index + 1) * size)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """What a run's blocks are asked, and what they answered before the conversion."""
 
@@ -65,6 +90,8 @@ class Question:
     """Path -> [B, T, D] in fp32 on the CPU; those that this rank asked."""
     dtype: torch.dtype | None = None
     """In which they were computed; None where nothing was asked."""
+    askers: Askers | None = None
+    """The ranks of this pipeline stage; None for all ranks."""
 
 
 # ------------------------------------------------------------------------------------------------------ before
@@ -86,7 +113,13 @@ def chosen(paths: Sequence[str], sizes: Sequence[int], how: How) -> list[str]:
 
 
 def ask_before(
-    model: nn.Module, paths: Sequence[str], how: How = "auto", *, device: Any = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    paths: Sequence[str],
+    how: How = "auto",
+    *,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    askers: Askers | None = None,
 ) -> Question:
     """Ask the blocks at ``paths`` while they are Hugging Face's; call it on every rank.
 
@@ -98,6 +131,7 @@ def ask_before(
         how: which of them.
         device: where they will train; None: where they are.
         dtype: in which they will train; None: as they are.
+        askers: the ranks that have these blocks; None for all ranks.
     """
     model = hf_model(model)
     native: dict[str, Any] = {path: m for path, m in model.named_modules() if getattr(m, "is_native_layer", False)}
@@ -105,15 +139,15 @@ def ask_before(
         told = {path: block.answer_before for path, block in native.items() if block.answer_before is not None}
         asked = tuple(path for path, block in native.items() if block.was_asked)
         asked_in = next(iter(native.values())).asked_in
-        return Question(blocks=len(native), asked=asked, answers=told, dtype=asked_in)
+        return Question(blocks=len(native), asked=asked, answers=told, dtype=asked_in, askers=askers)
     blocks = [model.get_submodule(path) for path in paths]
     asked = tuple(chosen(paths, [block_bytes(block) for block in blocks], how))
     dtype = dtype or main_dtype(model)
-    question = Question(blocks=len(paths), asked=asked, dtype=dtype)
+    question = Question(blocks=len(paths), asked=asked, dtype=dtype, askers=askers)
     config: Any = model.config
     D = config.get_text_config().hidden_size
     for number, path in enumerate(asked):
-        answer = answer_of_one_rank(model.get_submodule(path), D, number, device=device, dtype=dtype)
+        answer = answer_of_one_rank(model.get_submodule(path), D, number, device=device, dtype=dtype, askers=askers)
         if answer is not None:
             question.answers[path] = answer
     return question
@@ -129,12 +163,13 @@ def block_bytes(block: nn.Module) -> int:
 
 @torch.no_grad()
 def answer_of_one_rank(
-    block: nn.Module, D: int, number: int, *, device: Any = None, dtype: torch.dtype
+    block: nn.Module, D: int, number: int, *, device: Any = None, dtype: torch.dtype, askers: Askers | None = None
 ) -> torch.Tensor | None:
     """The answer of Hugging Face's ``block``, [B, T, D]; None on the ranks that leave block ``number`` to another."""
     partitioned = [parameter for parameter in block.parameters() if hasattr(parameter, "ds_id")]
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    mine = number % world_size == rank_of_group()
+    askers = askers or Askers(ranks=tuple(range(world_size)))
+    mine = askers.rank_for(number) == rank_of_group()
     if not mine and not partitioned:
         return None
     with ExitStack() as stack:
@@ -249,6 +284,7 @@ def require_same_function(engine: Any, question: Question, conversion: str) -> S
     began = time.perf_counter()
     converted, failed = converted_answers(engine, question.asked)
     answers = shared_answers(question, converted)
+    converted = {path: answer for path, answer in converted.items() if path in answers}
     # 1. Each rank judges what it computed with its own weights.
     departed: tuple[str, float] | None = None
     largest = 0.0
@@ -269,7 +305,7 @@ def require_same_function(engine: Any, question: Question, conversion: str) -> S
         dist.all_gather_object(found, departed)
     seen = [each for each in found if each is not None]
     if seen:
-        path, difference = min(seen, key=lambda each: question.asked.index(each[0]))
+        path, difference = min(seen, key=lambda each: [int(part) for part in each[0].split(".") if part.isdigit()])
         raise RunError(
             f"{path}: {conversion} made another function of this block: its answers to the same hidden states differ "
             f"by {difference:.1e} of their size, {allowed:.0e} allowed (the first of {len(question.asked)} blocks "
@@ -343,6 +379,8 @@ def shared_answers(question: Question, like: Mapping[str, torch.Tensor]) -> dict
     """The answers from before the conversion, of all ranks on each rank; collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return question.answers
+    askers = question.askers or Askers(ranks=tuple(range(dist.get_world_size())))
+    absent = blocks_without_answer(question, askers)
     device = "cpu"
     if dist.get_backend() == "nccl":
         device = f"cuda:{torch.cuda.current_device()}"
@@ -350,10 +388,29 @@ def shared_answers(question: Question, like: Mapping[str, torch.Tensor]) -> dict
     for number, path in enumerate(question.asked):
         if path not in like:  # the forward pass ended before it, on every rank
             continue
+        if path in absent:
+            continue
         answer = question.answers.get(path, torch.empty_like(like[path])).to(device)
-        dist.broadcast(answer, src=number % dist.get_world_size())
+        dist.broadcast(answer, src=askers.rank_for(number), group=askers.group)
         answers[path] = answer.cpu()
     return answers
+
+
+def blocks_without_answer(question: Question, askers: Askers) -> set[str]:
+    """Blocks of a pipeline stage that no rank of it has asked; collective over its ranks.
+
+    Native layers that were made of a whole model, before it was cut into stages, were asked by all ranks. The recipes
+    cut first.
+    """
+    if question.askers is None:
+        return set()
+    told: list[list[str]] = [[] for _ in askers.ranks]
+    dist.all_gather_object(told, list(question.answers), group=askers.group)
+    absent = set()
+    for number, path in enumerate(question.asked):
+        if path not in told[askers.ranks.index(askers.rank_for(number))]:
+            absent.add(path)
+    return absent
 
 
 def tolerance(module: nn.Module) -> float:

@@ -52,6 +52,7 @@ _PRESETS = "deepspeed.module_inject.auto_ep_presets.registry"
 _GROUPS = "deepspeed.utils.groups"
 _EXPERTS = "deepspeed.moe.ep_experts"
 _BF16 = "deepspeed.runtime.bf16_optimizer"
+_PIPE = "deepspeed.runtime.pipe.engine"
 
 SEAMS = (
     # --- transformers: methods of Trainer that are overridden, and have to be called
@@ -160,6 +161,24 @@ SEAMS = (
         ours="trainer.py",
         lost="--load_best_model_at_end reads a checkpoint with pickles that may run code",
         called_in=_TRAINER,
+    ),
+    Seam(
+        name=f"{_TRAINER}:Trainer._get_dataloader",
+        ours="trainer.py",
+        lost="the stages of a pipeline read different rows",
+        called_in=_TRAINER,
+    ),
+    Seam(
+        name=f"{_TRAINER}:Trainer.prediction_step",
+        ours="trainer.py",
+        lost="evaluation calls a stage of a pipeline as if it were the model",
+        parameters=("model", "inputs", "prediction_loss_only", "ignore_keys"),
+        called_in=_TRAINER,
+    ),
+    Seam(
+        name=f"{_TRAINER}:Trainer.evaluation_loop",
+        ours="trainer.py",
+        lost="evaluation in stages counts each loss once for each stage",
     ),
     # --- transformers: names that are replaced or read
     Seam(
@@ -288,6 +307,18 @@ SEAMS = (
         attributes=("ds_device_mesh",),
     ),
     Seam(
+        name="accelerate.accelerator:Accelerator.gather",
+        ours="engine/pipeline/part.py",
+        lost="figures of the last stage wait for the other stages",
+        called_in="accelerate.accelerator",
+    ),
+    Seam(
+        name="accelerate.data_loader:BatchSamplerShard",
+        ours="engine/pipeline/part.py",
+        lost="the stages of a pipeline read different rows",
+        attributes=("num_processes", "process_index"),
+    ),
+    Seam(
         name="accelerate.utils:DummyOptim",
         ours="trainer.py",
         lost="weight decay also acts on norms and biases",
@@ -314,7 +345,7 @@ SEAMS = (
         lost="the norm of the gradients, or the resume in another layout, is wrong",
         attributes=(
             "averaged_gradients", "dp_process_group", "model_parallel_group", "model_parallel_rank", "cpu_offload",
-            "single_partition_of_fp32_groups", "_zero_padding",
+            "single_partition_of_fp32_groups", "_zero_padding", "params_in_partition",
         ),
     ),
     Seam(
@@ -430,6 +461,71 @@ SEAMS = (
             lost="a second engine of the process inherits the tensor parallelism of the first",
         )
         for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "mesh_device")
+    ),
+    *(
+        Seam(
+            name=f"{_GROUPS}:{name}",
+            ours="engine/library_globals.py",
+            lost="an engine with other pipeline stages averages experts over the wrong ranks",
+        )
+        for name in (
+            "_EXPERT_PARALLEL_GROUP", "_EXPERT_PARALLEL_GROUP_RANKS", "_EXPERT_DATA_PARALLEL_GROUP",
+            "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
+        )
+    ),
+    # --- DeepSpeed: pipelines
+    Seam(
+        name="deepspeed:PipelineEngine",
+        ours="engine/pipeline/engine.py",
+        lost="a stage runs a whole backward pass for each tensor that it has sent, and saves no weights",
+    ),
+    Seam(
+        name=f"{_PIPE}:PipelineEngine._exec_backward_pass",
+        ours="engine/pipeline/engine.py",
+        lost="a stage runs a whole backward pass for each tensor that it has sent",
+        parameters=("buffer_id",),
+    ),
+    Seam(
+        name=f"{_PIPE}:PipelineEngine._INSTRUCTION_MAP",
+        ours="engine/pipeline/engine.py",
+        lost="a stage runs a whole backward pass for each tensor that it has sent",
+    ),
+    Seam(
+        name=f"{_PIPE}:PipelineEngine.module_state_dict",
+        ours="engine/pipeline/engine.py",
+        lost="checkpoints of a pipeline without experts hold no weights",
+        parameters=("exclude_frozen_parameters",),
+    ),
+    Seam(
+        name=f"{_PIPE}:PipelineEngine.load_module_state_dict",
+        ours="engine/pipeline/engine.py",
+        lost="a pipeline without experts is resumed without its weights",
+        parameters=("checkpoint",),
+    ),
+    Seam(
+        name=f"{_PIPE}:PipelineEngine._loss_stage_global_rank",
+        ours="engine/pipeline/engine.py",
+        lost="the first stage does not learn what the last one has computed",
+    ),
+    Seam(
+        name=f"{_PIPE}:PipelineEngine",
+        ours="engine/pipeline/engine.py",
+        lost="the backward pass of a stage that has sent two tensors",
+        attributes=(
+            "pipe_buffers", "grad_layer", "using_bf16_optimizer", "_running_engine_backward", "micro_batches", "grid",
+        ),
+    ),
+    Seam(
+        name="deepspeed.runtime.pipe.module:PipelineModule.get_tied_weights_and_groups",
+        ours="engine/pipeline/stages.py",
+        lost="a tied embedding and its head on another stage drift apart",
+        called_in=_PIPE,
+    ),
+    Seam(
+        name="deepspeed.runtime.pipe.module:PipelineModule",
+        ours="engine/pipeline/stages.py",
+        lost="a tied weight counts twice in the norm of the gradients",
+        attributes=("_grid", "ds_pipe_replicated"),
     ),
     Seam(
         name=f"{_SP_GROUPS}:_SEQUENCE_PARALLEL_GROUP",

@@ -62,6 +62,8 @@ class ModelSizes:
     """How the names of the routers' weights end."""
     fp32_scores: bool
     """As in :class:`~moe_models.families.table.Family`."""
+    has_head: bool = True
+    """False for a pipeline stage that is not the last (``families/stages.py``)."""
 
     @property
     def expert_inner(self) -> int:
@@ -85,17 +87,19 @@ class ModelSizes:
 
     @cached_property
     def vocabulary(self) -> int:
-        """Rows V of the embedding."""
-        return dict(self.dense)["model.embed_tokens.weight"][0]
+        """Rows V of the head, and of the embedding; 0 where there is no head."""
+        return self.head_params // self.hidden
 
     @cached_property
     def tied(self) -> bool:
         """Whether the embedding is the head too."""
-        return "lm_head.weight" not in dict(self.dense)
+        return self.has_head and "lm_head.weight" not in dict(self.dense)
 
     @cached_property
     def head_params(self) -> int:
-        """Parameters of the head, which turns hidden states into logits: V x D."""
+        """Parameters of the head, which turns hidden states into logits: V x D; 0 where there is none."""
+        if not self.has_head:
+            return 0
         name = "model.embed_tokens.weight" if self.tied else "lm_head.weight"
         return prod(dict(self.dense)[name])
 

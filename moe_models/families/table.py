@@ -276,6 +276,8 @@ class Family:
     """Why ``--use_peft`` cannot train an adapter of it."""
     no_sequence_parallel: str | None = None
     """Why Ulysses cannot exchange its heads."""
+    no_pipeline: str | None = None
+    """Why its layers are not cut into stages."""
 
     def num_experts(self, config: Mapping[str, Any]) -> int:
         """Expert count E of a model with this ``config.json``. Raises KeyError if it does not say."""
@@ -662,6 +664,7 @@ FAMILIES: dict[str, Family] = {
             pools_layers=False,
             counts_flops=False,
             no_autoep="AutoEP would leave out its residual MLP",
+            no_pipeline="its layers may differ in their number of experts, and stages are cut by what a layer costs",
         ),
     )
 }

@@ -51,6 +51,12 @@ class Case:
     """MoETrainer's gradient norm under ZeRO 1 and 2 (``engine/grad_norm.py``); False for DeepSpeed's own."""
     adapter: AdapterSizes | None = None
     """What is trained instead of all weights; the model is frozen then."""
+    part: ModelSizes | None = None
+    """The sizes of one pipeline stage, of which this is the case; ``layout`` is that of its ranks then."""
+    stages: int = 1
+    """Stages of the pipeline that it is a stage of."""
+    in_flight: int = 1
+    """Micro-batches whose activations are there together: more than one on the early stages of a pipeline."""
 
     @classmethod
     def of(cls, ds: DsConfig, model: Model, world_size: int, work: Work, gpus_per_node: int, **more: Any) -> Case:
@@ -72,8 +78,8 @@ class Case:
 
     @property
     def sizes(self) -> ModelSizes:
-        """The model's sizes."""
-        return self.model.sizes
+        """The sizes of the model, or of the stage of it."""
+        return self.model.sizes if self.part is None else self.part
 
     @cached_property
     def trained(self) -> ZeroStates:

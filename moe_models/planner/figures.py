@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from moe_models.planner.case import Case
 from moe_models.planner.devices import GIB
 from moe_models.planner.memory import Memory
 from moe_models.planner.traffic import Collective, Flow
@@ -24,11 +25,14 @@ PARTS = {
 """Fields of :class:`~moe_models.planner.memory.Memory`, and what they are called."""
 TIMES = {"compute": "compute", "all_to_all": "all-to-all", "reduce_gather": "reduce, gather", "optimizer": "optimizer"}
 """Fields of :class:`~moe_models.planner.step_time.StepTime`, and what they are called."""
+STAGES = {"stages": "stages"}
+"""The one of a pipeline beside them: turns in which a stage waits, and what travels between stages."""
 WAYS: dict[Collective, str] = {
     "all-to-all": "exchanged",
     "all-reduce": "reduced",
     "reduce-scatter": "reduced",
     "all-gather": "gathered",
+    "send": "passed on",
 }
 """What a collective does with its bytes."""
 
@@ -43,8 +47,19 @@ def memory_cells(memory: Memory) -> list[str]:
     return [gib(getattr(memory, part)) for part in PARTS]
 
 
+def times_of(cases: Iterable[Case]) -> dict[str, str]:
+    """:data:`TIMES`, and :data:`STAGES` only where one of the cases has some."""
+    return TIMES | STAGES if any(case.layout.pp > 1 for case in cases) else TIMES
+
+
+def ways_of(cases: Iterable[Case]) -> list[str]:
+    """What is told of bytes on the wire: without "passed on" where none of the cases has pipeline stages."""
+    staged = any(case.layout.pp > 1 for case in cases)
+    return [way for way in dict.fromkeys(WAYS.values()) if staged or way != WAYS["send"]]
+
+
 def sent_by_way(flows: Iterable[Flow]) -> dict[str, int]:
-    """Bytes that a rank sends in a step to exchange, to reduce and to gather; each is there, if only as 0."""
+    """Bytes that a rank sends in a step, for each way of :data:`WAYS`; each is there, if only as 0."""
     sent = dict.fromkeys(WAYS.values(), 0)
     for flow in flows:
         sent[WAYS[flow.collective]] += flow.sent

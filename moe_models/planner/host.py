@@ -22,6 +22,7 @@ from moe_models.config.ds_config import DsConfig
 from moe_models.planner.case import Case
 from moe_models.planner.devices import GIB
 from moe_models.planner.memory import ADAM
+from moe_models.planner.pipeline import stage_cases
 from moe_models.planner.zero_states import BF16, FP32, SUB_GROUP
 
 PROCESS = 3 * GIB // 2
@@ -99,17 +100,19 @@ def host_needs(case: Case) -> Host:
 
 def ranks_of_a_node(case: Case) -> int:
     """Ranks of one node."""
-    return min(case.gpus_per_node, case.layout.world_size)
+    return min(case.gpus_per_node, case.layout.world_size * case.stages)
 
 
 def model_bytes(case: Case) -> int:
     """The model's files, in the dtype that its config.json names."""
-    return (case.sizes.dense_params + case.sizes.expert_params) * stored_element(case)
+    whole = case.model.sizes
+    return (whole.dense_params + whole.expert_params) * stored_element(case)
 
 
 def export_bytes(case: Case) -> int:
     """The exported folder, in the dtype of the training."""
-    return (case.sizes.dense_params + case.sizes.expert_params) * case.work.element_bytes
+    whole = case.model.sizes
+    return (whole.dense_params + whole.expert_params) * case.work.element_bytes
 
 
 def adapter_bytes(case: Case) -> int:
@@ -165,16 +168,17 @@ def from_disk(case: Case) -> int:
     """Bytes of the files that the ranks of one node touch, each counted once."""
     if why_whole(case) is not None:
         return model_bytes(case)
-    ranks = ranks_of_a_node(case)
+    ranks = min(ranks_of_a_node(case), case.layout.world_size)  # of a stage
+    stages = ranks_of_a_node(case) // ranks
     all_shares = ranks * share_bytes(case)
     if not case.spread:
-        return min(model_bytes(case), all_shares)
+        return min(model_bytes(case), stages * all_shares)
     element = stored_element(case)
     dense = case.sizes.dense_params * element
     if case.ds.zero_stage == 3:
         dense = min(dense, ranks * (dense // case.states.ranks))
     places = min(ranks, case.layout.ep_size)  # EP groups are neighbouring ranks
-    return dense + places * case.states.share.expert * element
+    return min(model_bytes(case), stages * (dense + places * case.states.share.expert * element))
 
 
 def _whole_factor(case: Case) -> float:
@@ -192,7 +196,7 @@ def _whole_factor(case: Case) -> float:
 
 def _largest_dense(case: Case) -> int:
     """Bytes of the largest tensor outside the experts: embedding or head."""
-    return max(prod(shape) for _, shape in case.sizes.dense) * case.work.element_bytes
+    return max(prod(shape) for _, shape in case.model.sizes.dense) * case.work.element_bytes
 
 
 # --- training
@@ -243,7 +247,7 @@ def proof_bytes(case: Case) -> int:
 
     It does not grow with the number of layers. Measured: 0.29 GB with layers of 0.18 GB (benchmarks/loading.md).
     """
-    sizes = case.sizes
+    sizes = case.model.sizes
     ends = sizes.head_params  # embedding and head, of which one is there at a time
     if not sizes.tied:
         ends *= 2
@@ -261,6 +265,8 @@ def checkpoint_bytes(case: Case) -> int:
     ZeRO-3 writes no weights beside the fp32 ones. Tensor-parallel peers each write what is not split. Padding, the
     tokenizer and the rest are left out: some 20 kB for each file.
     """
+    if case.layout.pp > 1:
+        return sum(checkpoint_bytes(stage) for stage in stage_cases(case))
     states = case.trained
     optimizer = states.partition * case.layout.world_size * ADAM
     if case.adapter is not None:

@@ -179,6 +179,8 @@ class Gradients(NamedTuple):
     """In the backward pass."""
     step: int
     """At the optimizer's step."""
+    reduce: int = 0
+    """Of a pipeline: when gradients are reduced, after all backward passes."""
 
 
 class AtLoss(NamedTuple):
@@ -226,16 +228,20 @@ def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
     # 3. Saved tensors. Checkpointing keeps the input of each layer, and all of the one layer that is recomputed.
     hidden_states = case.tokens * sizes.hidden * BF16
     saved = saved_by_layer(case)
-    whole_layers = 1 if work.recompute else sizes.layers
+    whole_layers = 1 if work.recompute else sizes.layers * case.in_flight
     dispatch = whole_layers * saved.dispatch
     activations = whole_layers * (saved.dense + saved.experts)
     dispatch_at_loss = dispatch
     activations_at_loss = activations
     if work.recompute:
-        inputs = sizes.layers * hidden_states
+        inputs = sizes.layers * hidden_states * case.in_flight
         activations += inputs
         activations_at_loss = inputs  # no layer is recomputed yet
         dispatch_at_loss = 0
+    if case.stages > 1:  # what a stage got and what it sent, of each micro-batch in flight
+        ends = 2 * case.in_flight * hidden_states
+        activations += ends
+        activations_at_loss += ends
 
     # 4. The final norm with its output, and the logits.
     norm = 1 if case.liger else 3
@@ -278,9 +284,14 @@ def memory_moments(case: Case, *, reserved_gib: float) -> list[Memory]:
         skew=0,
     )
 
-    # 7. What torch does not count as allocated.
+    # 7. A pipeline reduces its gradients when all micro-batches have passed, between the backward pass and the step.
+    found = [at_loss, in_backward, at_step]
+    if case.stages > 1:
+        found.append(replace(at_step, gradients=gradients.reduce, optimizer=optimizer, buffers=buckets))
+
+    # 8. What torch does not count as allocated.
     moments = []
-    for memory in (at_loss, in_backward, at_step):
+    for memory in found:
         outside = int(reserved_gib * GIB + FRAGMENTS[stage] * memory.allocated)
         moments.append(replace(memory, outside=outside))
     return moments
@@ -335,6 +346,14 @@ def _gradients(case: Case) -> Gradients:
         held = states.partition * BF16
         return Gradients(held, held, held)
 
+    # A pipeline adds whole gradients up until all micro-batches have passed, and then copies its partition out of them.
+    if case.stages > 1:
+        whole = states.elements * BF16
+        partition = max((*states.dense_tensors, *states.expert_tensors)) * BF16
+        if not offload:
+            partition = states.whole_gradients * BF16
+        return Gradients(whole, whole, partition, reduce=whole + partition)
+
     # ZeRO 0 and 1 add whole gradients up until the last micro-batch of a step.
     accumulated = 0
     if states.stage < 2 and several:
@@ -356,6 +375,8 @@ def _logits(case: Case, hidden_states: int) -> AtLoss:
     """Bytes of logits and of what the loss needs beside them."""
     sizes = case.sizes
     head = sizes.head_params
+    if not sizes.has_head:
+        return AtLoss(during=0, after=0)
     if not case.tiled_loss:  # three fp32 numbers for each logit; a bf16 one stays
         return AtLoss(
             during=12 * case.tokens * head // sizes.hidden,

@@ -11,6 +11,7 @@ from moe_models.planner.case import Case
 from moe_models.planner.devices import GIB, Device
 from moe_models.planner.host import Host, host_needs
 from moe_models.planner.memory import Memory, memory_moments
+from moe_models.planner.pipeline import pipeline_time, telling_stages
 from moe_models.planner.step_time import StepTime, step_time
 
 MEMORY_ERROR = 0.09
@@ -52,10 +53,10 @@ class Prediction:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the step for each GPU (sequence and tensor-parallel peers share theirs)."""
+        """Tokens of the step for each GPU (sequence and tensor-parallel peers share theirs, and so do stages)."""
         work = self.case.work
         layout = self.case.layout
-        return work.micro_batch * work.length * work.accumulation // (layout.tp_size * layout.sp_size)
+        return work.micro_batch * work.length * work.accumulation // (layout.tp_size * layout.sp_size * layout.pp)
 
     @property
     def tokens_per_s(self) -> float:
@@ -80,14 +81,23 @@ def predict(case: Case, device: Device) -> Prediction:
     Raises UserError for what :func:`refuse_unpredicted` refuses.
     """
     refuse_unpredicted(case)
-    moments = memory_moments(case, reserved_gib=device.reserved_gib)
+    stages = telling_stages(case)
+    in_stages = case.layout.pp > 1
     return Prediction(
         case=case,
         device=device,
-        memory=max(moments, key=lambda moment: moment.needed),
-        time=step_time(case, device),
-        host=host_needs(case),
+        memory=fullest_moment(stages, device.reserved_gib),
+        time=pipeline_time(case, stages, device) if in_stages else step_time(case, device),
+        host=host_needs(stages[0]),
     )
+
+
+def fullest_moment(stages: list[Case], reserved_gib: float) -> Memory:
+    """The memory of the fullest of these stages (one case, where there is no pipeline), at its fullest moment."""
+    moments = []
+    for stage in stages:
+        moments += memory_moments(stage, reserved_gib=reserved_gib)
+    return max(moments, key=lambda moment: moment.needed)
 
 
 def refuse_unpredicted(case: Case) -> None:

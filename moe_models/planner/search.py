@@ -20,8 +20,8 @@ from moe_models.families.adapters import AdapterSizes
 from moe_models.families.model import Model
 from moe_models.planner.case import Case
 from moe_models.planner.devices import GIB, Device
-from moe_models.planner.memory import memory_moments
-from moe_models.planner.predict import Prediction, Verdict, predict
+from moe_models.planner.pipeline import telling_stages
+from moe_models.planner.predict import Prediction, Verdict, fullest_moment, predict
 from moe_models.preflight.adapters import adapter_layout_problems
 from moe_models.preflight.flags import length_problems
 from moe_models.preflight.run import check_run
@@ -45,6 +45,8 @@ USUAL_NODE = 8
 """GPUs of a node, where a plan for less than a node looks for more GPUs."""
 LARGEST_TP = 8
 """Tensor and sequence parallelism wait for each other in every layer: within a node of 8."""
+MOST_STAGES = 32
+"""Stages of a pipeline; with more, a stage of today's models has less than two layers."""
 ALIKE = 0.005
 """Layouts whose speeds differ by less are as fast as each other: the model is not better than that."""
 WORTH = 1 + ALIKE
@@ -123,7 +125,8 @@ class Plan:
         """The layout in few words, e.g. ``ZeRO-1 EP 8 offload``."""
         ds = self.case.ds
         parts = [f"ZeRO-{ds.zero_stage}"]
-        for kind, size in (("EP", ds.ep_size), ("TP", ds.tp_size), ("SP", ds.sp_size)):
+        kinds = (("PP", ds.pp_size), ("EP", ds.ep_size), ("TP", ds.tp_size), ("SP", ds.sp_size))
+        for kind, size in kinds:
             if size > 1:
                 parts.append(f"{kind} {size}")
         if self.offload:
@@ -132,8 +135,8 @@ class Plan:
 
     @property
     def splits_layers(self) -> bool:
-        """Whether tensor or sequence parallelism is on."""
-        return self.case.ds.tp_size * self.case.ds.sp_size > 1
+        """Whether tensor or sequence parallelism is on, or pipeline stages are."""
+        return self.case.ds.tp_size * self.case.ds.sp_size * self.case.ds.pp_size > 1
 
 
 # --- the layouts
@@ -146,6 +149,7 @@ class Candidate(NamedTuple):
     ep: int
     tp: int
     sp: int
+    pp: int = 1
 
 
 def layouts(request: Request) -> Iterator[Candidate]:
@@ -160,6 +164,24 @@ def layouts(request: Request) -> Iterator[Candidate]:
             for tp, sp in splits:
                 if request.length % sp == 0:
                     yield Candidate(stage, ep, tp, sp)
+    yield from _staged_layouts(request, spread)
+
+
+def _staged_layouts(request: Request, spread: list[int]) -> Iterator[Candidate]:
+    """Pipelines whose stages are whole nodes, with EP inside a node.
+
+    Within a node stages save too little for what they wait. What EP across nodes costs, stages are there to save.
+    """
+    if request.adapter is not None or request.gpus % request.gpus_per_node:
+        return
+    nodes = request.gpus // request.gpus_per_node
+    most = min(MOST_STAGES, request.model.sizes.moe_layers)
+    for pp in divisors(nodes):
+        if pp == 1 or pp > most:
+            continue
+        for ep in spread:
+            if request.gpus_per_node % ep == 0:
+                yield Candidate(1, ep, 1, 1, pp)
 
 
 def offloads(stage: int) -> tuple[Offload, ...]:
@@ -173,7 +195,7 @@ def _preset(name: str) -> dict[str, Any]:
     return raw
 
 
-def build(stage: int, ep: int, tp: int, sp: int, offload: Offload) -> DsConfig:
+def build(stage: int, ep: int, tp: int, sp: int, offload: Offload, pp: int = 1) -> DsConfig:
     """The ds_config of a layout, put together from presets; ``ep`` 1 is the plain model.
 
     It is not parsed by DeepSpeed's own models, whose import takes seconds: presets are known to pass.
@@ -191,13 +213,15 @@ def build(stage: int, ep: int, tp: int, sp: int, offload: Offload) -> DsConfig:
         raw.get("expert_parallel", {}).pop("combine_impl", None)  # AutoTP has no fused one
     if sp > 1:
         raw["sequence_parallel_size"] = sp
+    if pp > 1:
+        raw = {"pipeline": {"stages": pp}, **raw}
     if offload:
         raw["bf16"].pop("check_grad_overflow", None)  # is not read then
     for key in OFFLOAD_KEYS[offload]:
         raw["zero_optimization"][key] = copy.deepcopy(_preset("zero3_ep8_offload.json")["zero_optimization"][key])
 
     # 3. The sections as types.
-    words = [f"zero{stage}", f"ep{ep}", f"tp{tp}", f"sp{sp}", *offload.split()]
+    words = [f"zero{stage}", f"pp{pp}", f"ep{ep}", f"tp{tp}", f"sp{sp}", *offload.split()]
     return DsConfig(
         path=Path("_".join(words) + ".json"),
         raw=raw,
@@ -207,6 +231,7 @@ def build(stage: int, ep: int, tp: int, sp: int, offload: Offload) -> DsConfig:
         zero_stage=stage,
         tp_size=tp,
         sp_size=sp,
+        pp_size=pp,
         precision="bf16",
     )
 
@@ -217,8 +242,8 @@ def build(stage: int, ep: int, tp: int, sp: int, offload: Offload) -> DsConfig:
 def search(request: Request) -> list[Plan]:
     """The best batch of every layout: those that fit, those that fit tightly, fastest first, and the others by memory.
 
-    Offloading is tried where nothing of the layout surely fits without. Tensor and sequence parallelism are left out
-    where the same layout is as fast without them. Raises UserError if no layout can be made at all.
+    Offloading is tried where nothing of the layout surely fits without. Tensor and sequence parallelism and pipeline
+    stages are left out where the same layout is as fast without them. Raises UserError if no layout can be made at all.
     """
     problems = length_problems(request.length, request.model.config)
     if problems:
@@ -230,7 +255,7 @@ def search(request: Request) -> list[Plan]:
     accepted = False
     for candidate in layouts(request):
         for offload in offloads(candidate.stage):
-            ds = build(*candidate, offload)
+            ds = build(*candidate[:4], offload, candidate.pp)
             wrong = request.refused(ds, recompute=False)
             if wrong:
                 refused += wrong
@@ -256,7 +281,7 @@ def search(request: Request) -> list[Plan]:
 
 
 def _worth_showing(plans: list[Plan]) -> list[Plan]:
-    """The plans without tensor and sequence parallelism, and those with it that it makes faster."""
+    """The plans that split no layers, and those that it makes faster."""
     plain = [plan for plan in plans if plan.fits and not plan.splits_layers]
     worth = []
     for plan in plans:
@@ -308,7 +333,7 @@ def best_batches(request: Request, ds: DsConfig, offload: Offload) -> list[Plan]
     Then the fastest one that fits tightly, if it is faster. None at all if the batch cannot be divided among the ranks
     that read different data.
     """
-    replicas = request.gpus // (ds.tp_size * ds.sp_size)
+    replicas = request.gpus // (ds.tp_size * ds.sp_size * ds.pp_size)
     if request.batch % replicas:
         return []
     sequences = request.batch // replicas  # of one replica in one optimizer step
@@ -414,10 +439,12 @@ def frugal(request: Request) -> Plan | None:
         for candidate in layouts(request):
             if offload not in offloads(candidate.stage):
                 continue
-            ds = build(*candidate, offload)
+            ds = build(*candidate[:4], offload, candidate.pp)
             case = request.case(ds, work)
-            moments = memory_moments(case, reserved_gib=request.device.reserved_gib)
-            if max(moment.needed for moment in moments) > request.device.usable_gib * GIB:
+            if (
+                fullest_moment(telling_stages(case), request.device.reserved_gib).needed
+                > request.device.usable_gib * GIB
+            ):
                 continue  # before the preflight, which takes longer
             if request.refused(ds, recompute=True):
                 continue

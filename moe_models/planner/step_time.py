@@ -73,11 +73,13 @@ class StepTime:
     reduce_gather: float
     """What is not hidden of gradients, weights and tensor-parallel sums."""
     optimizer: float
+    stages: float = 0.0
+    """What a pipeline's stage waits for the others, and sends to them."""
 
     @property
     def total(self) -> float:
         """Seconds of the step."""
-        return self.compute + self.all_to_all + self.reduce_gather + self.optimizer
+        return self.compute + self.all_to_all + self.reduce_gather + self.optimizer + self.stages
 
 
 def step_time(case: Case, device: Device) -> StepTime:

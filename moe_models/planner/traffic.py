@@ -27,8 +27,8 @@ from moe_models.planner.case import Case
 from moe_models.planner.zero_states import FP32
 from moe_models.preflight.fused import experts_per_token
 
-Collective = Literal["all-to-all", "all-reduce", "all-gather", "reduce-scatter"]
-Group = Literal["EP", "EDP", "DP", "TP", "SP"]
+Collective = Literal["all-to-all", "all-reduce", "all-gather", "reduce-scatter", "send"]
+Group = Literal["EP", "EDP", "DP", "TP", "SP", "PP"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,8 @@ class Flow:
     @property
     def sent(self) -> int:
         """Bytes that a rank puts on the wire."""
+        if self.collective == "send":
+            return self.payload
         once = self.payload * (self.size - 1) // self.size
         times = 2 if self.collective == "all-reduce" else 1
         return times * once
@@ -67,7 +69,7 @@ def spans_nodes(groups: Groups, gpus_per_node: int | None) -> bool:
 
 
 def traffic(case: Case) -> list[Flow]:
-    """Every flow of one optimizer step, those with one rank in the group left out. Pipeline stages are not covered."""
+    """Every flow of one optimizer step, those with one rank in the group left out. Of a pipeline: ``pipeline.py``."""
     groups = _group_shapes(case.layout, case.gpus_per_node)
     payloads = [
         *_expert_rows(case),

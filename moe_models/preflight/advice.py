@@ -13,6 +13,7 @@ from moe_models.config.layout import divisors
 from moe_models.config.work import Work
 from moe_models.errors import show
 from moe_models.families.table import family_of
+from moe_models.preflight.pipeline import bubble_advice
 
 TOKENS_FOR_ONE_EXPERT = 128
 """Rows in one tile of a grouped matrix product on GPUs of today; fewer tokens cost the same time."""
@@ -34,6 +35,7 @@ def warnings_for_run(
     """
     lines: list[str] = []
     if work is not None:
+        lines += bubble_advice(ds, work.accumulation)
         lines += _batch_advice(ds, model_config, work)
     if on_gpu:
         lines += _gpu_advice(ds)

@@ -17,6 +17,7 @@ from moe_models.files import parse_size
 from moe_models.preflight.adapters import adapter_problems
 from moe_models.preflight.combinations import muon_clips
 from moe_models.preflight.liger import cannot_run, no_kernels
+from moe_models.preflight.pipeline import pipeline_flags
 from moe_models.preflight.sequence_parallel import sequence_parallel_flags
 from moe_models.preflight.torch_compile import compile_problems
 
@@ -26,6 +27,7 @@ def flag_problems(given: Any, model_config: Mapping[str, Any], ds: DsConfig | No
     if ds is not None:
         torch_compile = bool(given.torch_compile or given.torch_compile_backend or given.torch_compile_mode)
         yield from sequence_parallel_flags(given, ds)
+        yield from pipeline_flags(given, ds)
         yield from compile_problems(ds, torch_compile, given.use_liger_kernel)
     if given.use_liger_kernel:
         yield from no_kernels(model_config, "--use_liger_kernel")

@@ -4,8 +4,8 @@ DeepSpeed makes most of these checks too, but inside ``deepspeed.initialize``: o
 time, after the model was loaded. Each line here names the key, its value, what is allowed and the fix.
 
 One module for each subject: ``combinations`` (sections that exclude each other, whatever the model),
-``expert_parallel``, ``fused``, ``native``, ``tensor_parallel``, ``sequence_parallel``, ``balance``, ``torch_compile``,
-``liger``, ``flags`` and ``paths`` (the command line). ``advice`` has what is only unwise.
+``expert_parallel``, ``fused``, ``native``, ``tensor_parallel``, ``sequence_parallel``, ``pipeline``, ``balance``,
+``torch_compile``, ``liger``, ``flags`` and ``paths`` (the command line). ``advice`` has what is only unwise.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from moe_models.preflight.combinations import (
 from moe_models.preflight.expert_parallel import autoep_model_problems
 from moe_models.preflight.fused import fused_problems
 from moe_models.preflight.native import check_native
+from moe_models.preflight.pipeline import pipeline_problems
 from moe_models.preflight.sequence_parallel import sequence_parallel_problems
 from moe_models.preflight.tensor_parallel import tensor_parallel_problems
 
@@ -36,6 +37,7 @@ _SIZE_NAMES = {
     "ep_size": "expert_parallel.autoep_size",
     "tp_size": "tensor_parallel.autotp_size",
     "sp_size": "sequence_parallel_size",
+    "pp": "pipeline.stages",
 }
 
 
@@ -48,7 +50,7 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
     names = dict(_SIZE_NAMES)
     if ds.moe.layer is not None:
         names["ep_size"] = "moe.layer.ep_size"
-    problems = size_problems(world_size, ds.ep_size, ds.tp_size, ds.sp_size, names=names)
+    problems = size_problems(world_size, ds.ep_size, ds.tp_size, ds.sp_size, ds.pp_size, names=names)
     problems += _batch_problems(ds, world_size)
 
     # 2. What holds however the experts are laid out.
@@ -57,6 +59,7 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
     problems += balance_problems(ds, model_config)
     problems += tensor_parallel_problems(ds, model_config)
     problems += sequence_parallel_problems(ds, model_config)
+    problems += pipeline_problems(ds, model_config)
 
     # 3. The experts: plain Hugging Face blocks, AutoEP's, or native layers.
     why = why_unsupported(model_config)
@@ -91,7 +94,7 @@ def _batch_problems(ds: DsConfig, world_size: int) -> Iterator[str]:
     steps = ds.raw.get("gradient_accumulation_steps")
     if not (isinstance(train, int) and isinstance(micro, int) and isinstance(steps, int)):
         return
-    replicas = max(1, world_size // (ds.tp_size * ds.sp_size))
+    replicas = max(1, world_size // (ds.tp_size * ds.sp_size * ds.pp_size))
     product = micro * steps * replicas
     if train != product:
         yield (

@@ -7,18 +7,19 @@ in tenths of a millisecond, what travels in bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import Layout
 from moe_models.config.work import Work
 from moe_models.planner.case import Case
 from moe_models.planner.devices import GIB
-from moe_models.planner.figures import PARTS, TIMES
+from moe_models.planner.figures import PARTS, times_of
+from moe_models.planner.pipeline import pipeline_traffic
 from moe_models.planner.predict import MEMORY_ERROR
 from moe_models.planner.search import ALIKE, ORDER, SHORTEST, Plan, Request, best_batches, evaluate
-from moe_models.planner.traffic import traffic
 from moe_models.report.text import visible
 
 FEWEST_GPUS = 8
@@ -66,10 +67,12 @@ def plan_data(
         "skews": sorted({*SKEWS, request.skew}),
     }
     kinds: dict[tuple[str, str, str], int] = {}
+    times = times_of(plan.case for plan in chosen)
     layouts = []
     for plan in chosen:
-        worlds = [_world(request, plan, gpus, per_node, axes, kinds) for gpus in axes["gpus"]]
-        layouts.append({"name": plan.name, "worlds": worlds, "one_batch": _one_batch(request, plan, per_node, axes)})
+        worlds = [_world(request, plan, gpus, per_node, axes, kinds, times) for gpus in axes["gpus"]]
+        best = _one_batch(request, plan, per_node, axes, times)
+        layouts.append({"name": plan.name, "worlds": worlds, "one_batch": best})
     sizes = request.model.sizes
     return {
         "model": name,
@@ -87,7 +90,7 @@ def plan_data(
         "alike": ALIKE,
         "verdicts": list(ORDER),
         "parts": list(PARTS.values()),
-        "times": list(TIMES.values()),
+        "times": list(times.values()),
         "dimensions": DIMENSIONS,
         "per_node": per_node,
         "sequences": request.batch / request.gpus,
@@ -135,10 +138,11 @@ def _world(
     per_node: int,
     axes: dict[str, list[Any]],
     kinds: dict[tuple[str, str, str], int],
+    times: Iterable[str],
 ) -> dict[str, Any] | None:
     """A layout on so many GPUs; None where it cannot be. Kinds of flows that are new get a number in ``kinds``."""
     ds = plan.case.ds
-    if gpus % ds.ep_size or gpus % (ds.tp_size * ds.sp_size):
+    if gpus % (ds.ep_size * ds.pp_size) or gpus % sharing(ds):
         return None
     there = replace(request, gpus=gpus, gpus_per_node=min(per_node, gpus))
     if there.refused(ds, recompute=False):
@@ -153,8 +157,13 @@ def _world(
                 if work is None or recompute not in recomputes:
                     cells.append(None)
                 else:
-                    cells.append(_cell(there, plan, replace(first, work=work), axes["skews"], kinds))
-    return {"grid": grid(first), "split": ds.tp_size * ds.sp_size, "cells": cells}
+                    cells.append(_cell(there, plan, replace(first, work=work), axes["skews"], kinds, times))
+    return {"grid": grid(first), "split": sharing(ds), "cells": cells}
+
+
+def sharing(ds: DsConfig) -> int:
+    """Ranks that work on the same rows: peers of tensor and sequence parallelism, and the stages of a pipeline."""
+    return ds.tp_size * ds.sp_size * ds.pp_size
 
 
 def one_batch(request: Request, gpus: list[int]) -> int:
@@ -168,13 +177,15 @@ def one_batch(request: Request, gpus: list[int]) -> int:
     return whole * math.ceil(request.batch / whole)
 
 
-def _one_batch(request: Request, plan: Plan, per_node: int, axes: dict[str, list[Any]]) -> list[Any]:
+def _one_batch(
+    request: Request, plan: Plan, per_node: int, axes: dict[str, list[Any]], times: Iterable[str]
+) -> list[Any]:
     """The layout's best batch on each number of GPUs, all with :func:`one_batch`; None where it cannot be."""
     rows: list[Any] = []
     for gpus in axes["gpus"]:
         there = replace(request, gpus=gpus, gpus_per_node=min(per_node, gpus), batch=one_batch(request, axes["gpus"]))
         ds = plan.case.ds
-        if gpus % ds.ep_size or gpus % (ds.tp_size * ds.sp_size) or there.refused(ds, recompute=False):
+        if gpus % (ds.ep_size * ds.pp_size) or gpus % sharing(ds) or there.refused(ds, recompute=False):
             rows.append(None)
             continue
         best = best_batches(there, ds, plan.offload)
@@ -182,18 +193,21 @@ def _one_batch(request: Request, plan: Plan, per_node: int, axes: dict[str, list
             rows.append(None)
             continue
         work = best[0].case.work
-        rows.append([work.micro_batch, work.accumulation, int(work.recompute), *_figures(best[0])])
+        rows.append([work.micro_batch, work.accumulation, int(work.recompute), *_figures(best[0], times)])
     return rows
 
 
-def _figures(plan: Plan) -> list[int]:
-    """Verdict, MiB by what holds them, tenths of a millisecond by what they are spent on, GiB of a node's host."""
+def _figures(plan: Plan, times: Iterable[str]) -> list[int]:
+    """Verdict, MiB by what holds them, tenths of a millisecond by what they are spent on, GiB of a node's host.
+
+    ``times`` are fields of :class:`~moe_models.planner.step_time.StepTime`.
+    """
     memory = plan.prediction.memory
     time = plan.prediction.time
     return [
         ORDER[plan.verdict],
         *(round(getattr(memory, part) / MIB) for part in PARTS),
-        *(round(1e4 * getattr(time, part)) for part in TIMES),
+        *(round(1e4 * getattr(time, part)) for part in times),
         math.ceil(plan.host_gib),
     ]
 
@@ -205,7 +219,7 @@ def _work(request: Request, layout: Layout, length: int, micro_batch: int, recom
     """
     if length % layout.sp_size:
         return None
-    sequences = request.batch * layout.tp_size * layout.sp_size // request.gpus
+    sequences = request.batch * layout.tp_size * layout.sp_size * layout.pp // request.gpus
     if sequences % micro_batch and micro_batch < sequences:
         return None
     accumulation = max(1, sequences // micro_batch)
@@ -213,12 +227,17 @@ def _work(request: Request, layout: Layout, length: int, micro_batch: int, recom
 
 
 def _cell(
-    request: Request, plan: Plan, case: Case, skews: list[float], kinds: dict[tuple[str, str, str], int]
+    request: Request,
+    plan: Plan,
+    case: Case,
+    skews: list[float],
+    kinds: dict[tuple[str, str, str], int],
+    times: Iterable[str],
 ) -> dict[str, Any]:
     """Predictions of one batch at each load of the fullest expert, and what travels."""
-    predictions = [_figures(evaluate(request, replace(case, skew=skew), plan.offload)) for skew in skews]
+    predictions = [_figures(evaluate(request, replace(case, skew=skew), plan.offload), times) for skew in skews]
     flows = []
-    for flow in traffic(case):
+    for flow in pipeline_traffic(case):
         kind = kinds.setdefault((flow.what, flow.collective, flow.group), len(kinds))
         flows.append([kind, flow.size, flow.sent, int(flow.across)])
     return {"acc": case.work.accumulation, "flows": flows, "at": predictions}

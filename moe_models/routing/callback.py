@@ -18,7 +18,8 @@ from moe_models.config.moe_section import Balance
 from moe_models.disk import full_line, is_full
 from moe_models.engine.blocks import find_blocks
 from moe_models.errors import warn
-from moe_models.families.table import Family
+from moe_models.families.stages import Stage
+from moe_models.families.table import Family, moe_blocks
 from moe_models.files import append
 from moe_models.routing.bias import SelectionBias
 from moe_models.routing.load import LoadStats, overall
@@ -55,11 +56,22 @@ class Routing(TrainerCallback):
         self._logged: dict[str, torch.Tensor] = {}
         self._micro_batches = 0
         self._warned_of_the_disk = False
+        self._counted_by: Any = None
         self.stats: LoadStats | None = None
         self.aux: AuxLoss | None = None
+        self.aux_in_evaluation: AuxLoss | None = None
+        """Of a pipeline whose evaluation adds the auxiliary loss: no stage could compute the model's own."""
         self.bias: SelectionBias | None = None
 
-    def attach(self, model: nn.Module, ep_size: int, device: Any, peers: Any = None) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        ep_size: int,
+        device: Any,
+        peers: Any = None,
+        stage: Stage | None = None,
+        loss_in_evaluation: bool = False,
+    ) -> None:
         """Put the hooks into a model as it will be trained, that is after ``deepspeed.initialize``.
 
         Args:
@@ -67,6 +79,8 @@ class Routing(TrainerCallback):
             ep_size: ranks of one expert-parallel group, for the load of the ranks.
             device: where the counters are kept.
             peers: the process group of the ranks that share a sequence (sequence parallelism), or None.
+            stage: the pipeline stage that ``model`` is; None where it is whole.
+            loss_in_evaluation: whether the stages of a pipeline compute the auxiliary loss in evaluation, too.
         """
         from deepspeed.utils import groups
 
@@ -76,35 +90,52 @@ class Routing(TrainerCallback):
         #    rank its own.
         blocks = find_blocks(model)
         self._group = groups._get_sequence_data_parallel_group() if dist.is_initialized() else None
+        self._counted_by = self._group
         self._peers = peers
         experts = self._family.expert_counts(self._config)
         score_func = self._family.router.score
+        paths = [block.path for block in blocks]
+        here: range | None = None
+        entry = model
+        if stage is not None:
+            # Each stage counts its own layers of all. Only the model's body is called on every stage.
+            self._counted_by = dist.group.WORLD
+            paths = list(moe_blocks(self._family, self._config))
+            first = paths.index(blocks[0].path)
+            here = range(first, first + len(blocks))
+            entry = model.get_submodule("model")
 
         # 2. The counters, always.
-        paths = [block.path for block in blocks]
         self.stats = LoadStats(paths, experts, ep_size, score_func, device)
         observers: list[Observer] = [self.stats]
 
         # 3. What the JSON asks for.
         balance = self._balance
         if balance is not None and any(self._coefficients.values()):
-            self.aux = AuxLoss(experts, score_func, balance.scope, balance.per_layer, self._group, peers)
+            self.aux = AuxLoss(experts, score_func, balance.scope, balance.per_layer, self._group, peers, here)
             observers.append(self.aux)
+        if loss_in_evaluation:
+            self.aux_in_evaluation = AuxLoss(experts, score_func, "micro_batch", False, here=here, training=False)
+            observers.append(self.aux_in_evaluation)
         if balance is not None and balance.bias_update_rate:
             self.bias = SelectionBias(blocks, experts[0], balance.bias_update_rate, device)
-        self._tap = RouterTap(model, blocks, *observers)
+        self._tap = RouterTap(entry, blocks, *observers, first=here.start if here else 0)
 
-    def loss(self, inputs: Mapping[str, Any], micro_batches: int) -> torch.Tensor | float:
+    def loss(
+        self, inputs: Mapping[str, Any], micro_batches: int, arrived: torch.Tensor | None = None
+    ) -> torch.Tensor | float:
         """The weighted balance terms of the training forward pass that just ended.
 
         Args:
             inputs: the micro-batch, for its padding.
             micro_batches: how many of them make one optimizer step; each gives its share.
+            arrived: on the last stage of a pipeline, the other stages' statistics.
         """
         if self.aux is None:
             return 0.0
         total: torch.Tensor | float = 0.0
-        for name, term in self.aux.terms(inputs).items():
+        terms = self.aux.terms(inputs) if arrived is None else self.aux.terms_of_stages(inputs, arrived)
+        for name, term in terms.items():
             if self._coefficients[name]:
                 total = total + self._coefficients[name] * term / micro_batches
                 self._logged[name] = self._logged.get(name, 0.0) + term.detach()
@@ -156,7 +187,7 @@ class Routing(TrainerCallback):
         copies = 1
         if self._peers is not None and not training:
             copies = dist.get_world_size(self._peers)
-        layers = self.stats.read(training, self._group, copies)
+        layers = self.stats.read(training, self._counted_by, copies)
         if not layers:
             return {}
 

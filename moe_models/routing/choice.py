@@ -79,6 +79,7 @@ def choose_balancing(
     native_layers_balance: bool,
     layers_differ: bool,
     sequence_parallel: bool,
+    in_stages: bool = False,
     trainer_weighs_it: bool,
 ) -> Balancing:
     """The balancing of a run.
@@ -90,6 +91,7 @@ def choose_balancing(
         native_layers_balance: ``"moe": {"layer": {"aux_loss": "layer"}}``.
         layers_differ: layers have different numbers of experts, so that they cannot be pooled (PR-MoE).
         sequence_parallel: a rank sees only a part of each sequence.
+        in_stages: a rank has only some of the layers.
         trainer_weighs_it: the Trainer adds the model's loss itself, as TRL's do, and weighs it over accumulation and
             ranks. A plain Trainer leaves it inside the model's loss, where it is multiplied by the number of ranks.
 
@@ -119,10 +121,11 @@ def choose_balancing(
             source=Source.ROUTING, balance=per_layer, coefficient=coefficient, model_loss_in_evaluation=False
         )
 
-    # The model's own loss would balance the tokens of each rank alone. Evaluation is not split and keeps it.
+    # The model's own loss would balance the tokens of each rank alone, or the layers of one stage. Evaluation keeps it:
+    # it is not split over ranks, and its stages compute the same.
     # upstream: transformers 5.20.2 (issue 48690): average_tokens_across_devices multiplies the auxiliary loss by the
     # ranks. Remove `trainer_weighs_it` when: Trainer scales the language loss only.
-    if sequence_parallel or (model_has_loss and not trainer_weighs_it):
+    if sequence_parallel or (model_has_loss and (in_stages or not trainer_weighs_it)):
         return Balancing(
             source=Source.ROUTING,
             balance=Balance.model_validate({}),

@@ -27,6 +27,10 @@ With sequence parallelism the ranks of one SP group hold parts of the same seque
 group, and each rank takes its own share of P. DeepSpeed sums gradients over the group, and the sum of the shares is the
 loss of the whole sequence.
 
+With pipeline stages the layers of one token are on several ranks. Each stage adds its layers' sums to what the stage
+before has sent (:meth:`AuxLoss.carried`), and the last one makes the loss of them (:meth:`AuxLoss.terms_of_stages`).
+The sums of probabilities carry their gradient back the same way, so that the loss is that of the whole model.
+
 All losses leave padding out, as Hugging Face does.
 
 Shapes, besides the legend of ``moe_models``: S token sets (one, or one for each sequence).
@@ -137,6 +141,8 @@ class AuxLoss:
         per_layer: bool,
         group: Any = None,
         peers: Any = None,
+        here: range | None = None,
+        training: bool = True,
     ) -> None:
         """Begin a run.
 
@@ -147,8 +153,12 @@ class AuxLoss:
             per_layer: see :func:`load_balancing_loss`.
             group: the data-parallel process group; None for all ranks.
             peers: the SP group, or None without sequence parallelism.
+            here: the MoE layers of this rank's pipeline stage; None for all.
+            training: whether it keeps the passes of training, or those of evaluation.
         """
         self._experts = experts
+        self._here = range(len(experts)) if here is None else here
+        self._training = training
         self._score_func = score_func
         self._scope = scope
         self._per_layer = per_layer
@@ -166,7 +176,7 @@ class AuxLoss:
         self, layer: int, training: bool, logits_TE: torch.Tensor, choices_TK: torch.Tensor, counted_2E: Any = None
     ) -> None:
         """Keep one layer of the forward pass in progress."""
-        if training:
+        if training == self._training:
             self._seen[layer] = (logits_TE, choices_TK)
 
     def terms(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -206,14 +216,53 @@ class AuxLoss:
         logits_LTE = [logits_TE for logits_TE, _ in routed]
         return {"aux_loss": aux_loss, "z_loss": z_loss(logits_LTE, weight_T, tokens_S.sum())}
 
+    def carried(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """This stage's sums of the forward pass that just ended: what the next stage gets, [S, L, 2E + 1] in fp32.
+
+        Of each MoE layer: how often each expert was chosen, the sums of their probabilities (with gradient) and the sum
+        of logsumexp(logits)^2. Other stages' layers are 0, so that stages are added up.
+        """
+        # 1. One row for each layer of this stage.
+        set_T, weight_T, S = token_sets(inputs, self._scope == "sequence")
+        rows = []
+        for logits_TE, choices_TK in self._take_seen():
+            counts_SE, sums_SE = self._count(logits_TE, choices_TK, set_T, weight_T, S)
+            squared_T = logits_TE.float().logsumexp(-1) ** 2 * weight_T
+            squared_S = torch.zeros(S, device=weight_T.device).index_add(0, set_T, squared_T)
+            rows.append(torch.cat([counts_SE, sums_SE, squared_S[:, None]], dim=-1))
+        # 2. Their places among all layers.
+        before = self._here.start
+        after = len(self._experts) - self._here.stop
+        return pad(torch.stack(rows, 1), (0, 0, before, after))
+
+    def terms_of_stages(self, inputs: Mapping[str, Any], arrived: torch.Tensor) -> dict[str, torch.Tensor]:
+        """:meth:`terms` on the last stage of a pipeline; ``arrived`` is the sum of the other stages' :meth:`carried`.
+
+        Collective in scope ``global_batch``.
+        """
+        # 1. The sums of all layers.
+        E = max(self._experts)
+        both = arrived + self.carried(inputs)
+        counts_SLE = both[..., :E].detach()
+        sums_SLE = both[..., E : 2 * E]
+        squared_SL = both[..., 2 * E]
+        set_T, weight_T, S = token_sets(inputs, self._scope == "sequence")
+        tokens_S = torch.zeros(S, device=weight_T.device).index_add(0, set_T, weight_T)
+        # 2. The losses, as without stages.
+        if self._scope == "global_batch":
+            aux_loss = self._global(counts_SLE, sums_SLE, tokens_S)
+        else:
+            aux_loss = load_balancing_loss(counts_SLE, sums_SLE, tokens_S, self._per_layer, self._experts)
+        return {"aux_loss": aux_loss, "z_loss": squared_SL.sum(0).mean() / tokens_S.sum().clamp_min(1.0)}
+
     def _take_seen(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(logits, choices) of every layer, in order; forgets them."""
-        L = len(self._experts)
-        if sorted(self._seen) != list(range(L)):
+        if sorted(self._seen) != list(self._here):
+            L = len(self._here)
             raise RuntimeError(f"router logits of layers {sorted(self._seen)} arrived, the model has {L} MoE layers")
-        routed = [self._seen[layer] for layer in range(L)]
+        routed = [self._seen[layer] for layer in self._here]
         self._seen.clear()
-        if not any(logits_TE.requires_grad for logits_TE, _ in routed):
+        if self._training and not any(logits_TE.requires_grad for logits_TE, _ in routed):
             raise RuntimeError(
                 "the router logits carry no gradient, so no balancing loss can act; with gradient checkpointing set "
                 "--gradient_checkpointing_kwargs '{\"use_reentrant\": false}'"

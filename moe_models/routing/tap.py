@@ -42,12 +42,13 @@ def scores(logits_TE: torch.Tensor, score_func: str) -> torch.Tensor:
 class RouterTap:
     """The hooks of one model; :meth:`close` takes them out."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], *observers: Observer) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], *observers: Observer, first: int = 0) -> None:
+        """Hook ``blocks``; the first of them is MoE layer ``first`` of the whole model (of a pipeline, above 0)."""
         self.paused = False
         self._observers = observers
         self._training: bool | None = None
         self._handles: list[Any] = [model.register_forward_pre_hook(self._start)]
-        for layer, block in enumerate(blocks):
+        for layer, block in enumerate(blocks, first):
             self._handles += block.watch(self._counts, partial(self._report, layer))
 
     def close(self) -> None:

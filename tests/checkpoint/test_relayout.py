@@ -36,15 +36,16 @@ from tests.training.test_tensor_parallel import tp_config
 Clusters = Callable[[int], Cluster]
 
 Where = tuple[Any, ...]
-"""(ranks, ZeRO stage, experts, EP), and TP where there is any."""
+"""(ranks, ZeRO stage, experts, EP), and TP and pipeline stages where there are any."""
 
 
-def layout(stage: int, experts: str, ep_size: int = 1, tp_size: int = 1) -> dict[str, Any]:
+def layout(stage: int, experts: str, ep_size: int = 1, tp_size: int = 1, stages: int = 1) -> dict[str, Any]:
     if tp_size > 1:
         return tp_config(stage, ep_size)
+    pipeline: dict[str, Any] = {"pipeline": {"stages": stages}} if stages > 1 else {}
     if experts == "native":
-        return parity.ds_config(stage, None, moe={"layer": {"ep_size": ep_size}})
-    config = parity.ds_config(stage, ep_size if experts == "autoep" else None)
+        return parity.ds_config(stage, None, moe={"layer": {"ep_size": ep_size}}, **pipeline)
+    config = parity.ds_config(stage, ep_size if experts == "autoep" else None, **pipeline)
     if stage == 3:  # norms stay whole between steps, all else is cut into shares
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     return config
@@ -67,15 +68,27 @@ MOVES: list[tuple[Where, Where]] = [
     ((4, 1, "autoep", 2, 2), (2, 1, "autoep", 2)),
     ((2, 3, "autoep", 2), (4, 2, "autoep", 4, 2)),
     ((4, 2, "autoep", 4, 2), (2, 1, "native", 2)),
+    # to stages, from stages, and with other ones
+    ((4, 1, "autoep", 2, 1, 2), (4, 3, "autoep", 4)),
+    ((2, 2, "autoep", 2), (4, 1, "autoep", 2, 1, 2)),
+    ((4, 1, "autoep", 2, 1, 2), (2, 2, "plain", 1)),
+    ((2, 1, "native", 2), (2, 1, "plain", 1, 1, 2)),
+    ((4, 1, "native", 2, 1, 2), (2, 1, "autoep", 2)),
+    ((2, 1, "plain", 1, 1, 2), (4, 1, "native", 2, 1, 2)),
+    ((4, 1, "autoep", 2, 1, 2), (2, 1, "autoep", 1, 1, 2)),
+    ((2, 3, "autoep", 2), (4, 1, "autoep", 1, 1, 2)),
+    ((4, 2, "autoep", 4, 2), (4, 1, "autoep", 2, 1, 2)),
+    ((4, 1, "autoep", 2, 1, 2), (4, 1, "autoep", 2, 2)),
 ]
 
 
-DAILY = (0, 3, 6, 9, 12)
+DAILY = (0, 3, 6, 9, 12, 15)
 
 
 def name_of(move: Any) -> str:
-    def one(ranks: int, stage: int, experts: str, ep_size: int, tp_size: int = 1) -> str:
-        return f"{ranks}x-zero{stage}-{experts}{ep_size}" + (f"-tp{tp_size}" if tp_size > 1 else "")
+    def one(ranks: int, stage: int, experts: str, ep_size: int, tp_size: int = 1, stages: int = 1) -> str:
+        name = f"{ranks}x-zero{stage}-{experts}{ep_size}"
+        return name + (f"-tp{tp_size}" if tp_size > 1 else "") + (f"-pp{stages}" if stages > 1 else "")
 
     return "-to-".join(one(*where) for where in move)
 
@@ -96,7 +109,9 @@ def train(
     run: Callable[..., Any] = train_in_cluster, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     ranks, *rest = where
-    replicas = ranks // (rest[3] if len(rest) > 3 else 1)  # tensor-parallel peers read the same rows
+    replicas = ranks
+    for peers in rest[3:]:  # tensor-parallel peers read the same rows, and so do stages
+        replicas //= peers
     config = out.with_suffix(".json")
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(json.dumps(layout(*rest)))

@@ -41,7 +41,7 @@ def readme_rows() -> dict[str, list[str]]:
 
 
 def test_count() -> None:
-    assert len(FILES) == 20
+    assert len(FILES) == 23
 
 
 def test_readme_table() -> None:
@@ -51,7 +51,7 @@ def test_readme_table() -> None:
         ds, (ranks, zero, ep, _, when) = load_ds_config(path), rows[path.name]
         assert zero == str(ds.zero_stage)
         assert ep == (str(ds.ep_size) if ds.expert_parallel or ds.moe.layer else "none")
-        least = max(ds.ep_size, ds.tp_size, ds.sp_size)
+        least = max(ds.ep_size, ds.tp_size, ds.sp_size) * ds.pp_size
         assert ranks == (f"multiple of {least}" if ds.expert_parallel or ds.moe.layer else "any")
         assert when
 
@@ -84,8 +84,14 @@ def test_readme_memory_example() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_loads_clean_and_fits_mixtral(path: Path) -> None:
     ds = load_ds_config(path)
-    name = re.fullmatch(r"zero(\d)(?:_ep(\d))?(?:_tp(\d))?(?:_sp(\d))?(?:_offload)?(_native)?(_capacity)?", path.stem)
-    assert name is not None
+    kinds = r"zero(\d)(?:_pp(?P<pp>\d))?(?:_ep(\d))?(?:_tp(\d))?(?:_sp(\d))?(?:_offload)?(_native)?(_capacity)?"
+    found = re.fullmatch(kinds, path.stem)
+    assert found is not None
+    assert ds.pp_size == int(found["pp"] or 1)
+    name = [
+        path.stem,
+        *(group for number, group in enumerate(found.groups(), 1) if number != found.re.groupindex["pp"]),
+    ]
     assert (ds.moe.layer is not None) == bool(name[5])
     assert (ds.moe.layer is not None and ds.moe.layer.drop_tokens) == bool(name[6])
     assert bool(ds.moe.layer and ds.moe.layer.departures()) == bool(name[6])
@@ -93,10 +99,10 @@ def test_loads_clean_and_fits_mixtral(path: Path) -> None:
     assert sizes == (int(name[1]), int(name[2] or 1), int(name[3] or 1), int(name[4] or 1))
     assert ds.precision == "bf16"
     for copies in (1, 2):
-        world_size = ds.ep_size * copies
+        world_size = ds.ep_size * ds.pp_size * copies
         assert check_run(ds, MIXTRAL, world_size) == []
         assert warnings_for_run(ds, MIXTRAL, world_size, gpus_per_node=8) == []
-        assert Layout(world_size, ds.ep_size).edp_size == copies
+        assert Layout(world_size, ds.ep_size, pp=ds.pp_size).edp_size == copies
 
 
 def test_only_the_layout_differs() -> None:
@@ -107,6 +113,7 @@ def test_only_the_layout_differs() -> None:
         raw.pop("moe", None)
         raw.pop("tensor_parallel", None)
         raw.pop("sequence_parallel_size", None)
+        raw.pop("pipeline", None)
         unchecked = raw["bf16"].pop("check_grad_overflow", None)
         stage = raw.pop("zero_optimization")
         offload = [key for key in ("offload_optimizer", "offload_param") if stage.pop(key, None)]
@@ -162,7 +169,9 @@ def test_fp16_in_the_place_of_bf16(path: Path, tmp_path: Path) -> None:
         other.write_text(json.dumps({**raw, **sections}))
         ds = load_ds_config(other)
         assert ds.precision == precision
-        assert check_run(ds, MIXTRAL, 2 * ds.ep_size) == []
+        refused = check_run(ds, MIXTRAL, 2 * ds.ep_size * ds.pp_size)
+        no_fp16 = ds.pp_size > 1 and precision == "fp16"
+        assert [line.split(":")[0] for line in refused] == [f"pipeline.stages = {ds.pp_size} with fp16"] * no_fp16
         adapted, lines = adapt_for_cpu(ds.deepspeed)
         assert not adapted["fp16"]["enabled"]
         fused = ds.expert_parallel is not None and ds.tp_size == 1

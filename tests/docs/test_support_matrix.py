@@ -31,6 +31,10 @@ def sequence_parallel(stage: int = 1, **more: Any) -> dict[str, Any]:
     return parity.ds_config(stage, 2, **{"sequence_parallel_size": 2, **more})
 
 
+def pipeline(stage: int = 1, ep_size: int | None = 2, stages: int = 2, **more: Any) -> dict[str, Any]:
+    return parity.ds_config(stage, ep_size, **{"pipeline": {"stages": stages}, **more})
+
+
 AWAITED = {
     "dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite", "granitemoe", "lfm2_moe", "minimax_m2", "qwen3_5_moe_text",
     "qwen3_next",
@@ -74,6 +78,42 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     ),
     "sequence parallelism, native layers": (
         {**native(), "sequence_parallel_size": 2}, "mixtral", {}, "sequence_parallel_size",
+    ),
+    "pipeline stages at ZeRO-2": (pipeline(2), "mixtral", {}, "pipeline.stages"),
+    "pipeline stages at ZeRO-3": (pipeline(3), "mixtral", {}, "pipeline.stages"),
+    "pipeline stages at ZeRO-0": (pipeline(0, None), "mixtral", {}, "pipeline.stages"),
+    "pipeline stages with tensor parallelism": (pipeline(tensor_parallel=PLAN), "mixtral", {}, "autotp_size"),
+    "pipeline stages with sequence parallelism": (
+        pipeline(sequence_parallel_size=2), "mixtral", {}, "sequence_parallel_size = 2: DeepSpeed's pipeline",
+    ),
+    "pipeline stages, EP larger than a stage": (pipeline(1, 4), "mixtral", {}, "ranks of a pipeline stage"),
+    "pipeline stages that do not divide the ranks": (pipeline(1, None, 3), "mixtral", {}, "does not divide the world"),
+    "more pipeline stages than MoE layers": (pipeline(), "deepseek_v3", {}, "each stage needs an MoE layer"),
+    "pipeline stages of a PR-MoE": (
+        parity.ds_config(1, None, pipeline={"stages": 2}, moe={"layer": {"ep_size": 2}}), "prmoe",
+        {"num_local_experts": [2, 4]}, "pipeline.stages",
+    ),
+    "pipeline stages in fp16": (pipeline(fp16={"enabled": True}), "mixtral", {}, "with fp16"),
+    "pipeline stages with a compiler": (pipeline(compile={"deepcompile": True}), "mixtral", {}, "with compile"),
+    "pipeline stages with fused kernels": (pipeline(moe={"kernels": "fused"}), "mixtral", {}, "pipeline.stages"),
+    "pipeline stages with a selection bias": (
+        pipeline(moe={"balance": {"bias_update_rate": 0.01}}), "mixtral", {}, "pipeline.stages",
+    ),
+    "pipeline stages with DeepEP": (
+        {
+            **pipeline(), "expert_parallel": {
+                "enabled": True, "autoep_size": 2, "comm_backend": "deepep", "comm_max_tokens_per_rank": 64,
+            },
+        },
+        "mixtral", {}, "pipeline.stages",
+    ),
+    "pipeline stages, the native layers' own loss": (
+        parity.ds_config(1, None, pipeline={"stages": 2}, moe={"layer": {"ep_size": 2, "aux_loss": "layer"}}),
+        "mixtral", {}, "pipeline.stages",
+    ),
+    "pipeline stages, native layers that drop tokens": (
+        parity.ds_config(1, None, pipeline={"stages": 2}, moe={"layer": {"ep_size": 2, "drop_tokens": True}}),
+        "mixtral", {}, "pipeline.stages",
     ),
     "fused kernels without AutoEP": (parity.ds_config(1, None, moe={"kernels": "fused"}), "mixtral", {}, "moe.kernels"),
     "fused kernels with tensor parallelism": (tensor_parallel(moe={"kernels": "fused"}), "mixtral", {}, "moe.kernels"),

@@ -101,7 +101,7 @@ def planned_twin(ds: DsConfig) -> tuple[DsConfig, Offload] | None:
             continue
         if offload == "optimizer and weights" and ds.zero_stage < 3:
             continue
-        twin = build(ds.zero_stage, ds.ep_size, ds.tp_size, ds.sp_size, offload)
+        twin = build(ds.zero_stage, ds.ep_size, ds.tp_size, ds.sp_size, offload, ds.pp_size)
         if twin.raw == ds.raw:
             return twin, offload
     return None

@@ -103,11 +103,11 @@ def test_every_layout_that_it_compares_passes_check(config: dict[str, Any], tmp_
     """Layouts are built without DeepSpeed's parser; here it reads them all, and finds what was built."""
     names = set()
     request = replace(REQUEST, model=Model.of(config), gpus=16)
-    for stage, ep, tp, sp in plan_search.layouts(request):
+    for stage, ep, tp, sp, pp in plan_search.layouts(request):
         for offload in ("", "optimizer", "optimizer and weights"):
             if max(ep, tp, sp) > 4 or (offload == "optimizer and weights" and stage < 3):
                 continue
-            built = plan_search.build(stage, ep, tp, sp, offload)  # type: ignore[arg-type]
+            built = plan_search.build(stage, ep, tp, sp, offload, pp)  # type: ignore[arg-type]
             if check_run(built, config, 16):
                 continue
             path = tmp_path / built.path.name
@@ -121,6 +121,7 @@ def test_every_layout_that_it_compares_passes_check(config: dict[str, Any], tmp_
                 "zero_stage",
                 "tp_size",
                 "sp_size",
+                "pp_size",
                 "precision",
             ):
                 assert getattr(read, field) == getattr(built, field), (path.name, field)
@@ -128,6 +129,7 @@ def test_every_layout_that_it_compares_passes_check(config: dict[str, Any], tmp_
             names.add(path.name)
     assert len(names) > 30
     assert any("tp2" in name for name in names)
+    assert any("pp2" in name for name in names)
 
 
 def test_refused_layouts_are_not_compared() -> None:
@@ -447,3 +449,41 @@ def test_an_adapter_fits_where_the_whole_model_does_not(run: Any) -> None:
     code, _, err = run("--use_peft", "--lora_target_modules", "qproj")
     assert code == 2
     assert "matches nothing in this mixtral" in err
+
+
+QWEN3_235B: dict[str, Any] = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "head_dim": 128,
+    "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "max_position_embeddings": 40960, "norm_topk_prob": True,
+}  # fmt: skip
+
+
+def test_stages_on_several_nodes() -> None:
+    """Qwen3-235B on 64 GPUs: of the layouts of ZeRO-1 only a pipeline fits without offload; the words say what it pays.
+
+    Its states are 4 (D + X/EP) / PP + 12 P / N bytes: 62 GB with PP 8 x EP 8.
+    """
+    request = replace(REQUEST, model=Model.of(QWEN3_235B), device=read_device("h100-80g", []), gpus=64, batch=256)
+    plans = plan_search.search(request)
+    fitting = [p for p in plans if p.fits and p.case.ds.zero_stage == 1 and not p.offload]
+    assert [p.name for p in fitting] == ["ZeRO-1 PP 8 EP 8"]
+    (staged,) = fitting
+    memory = staged.prediction.memory
+    sizes = staged.case.model.sizes
+    dense, experts = sizes.dense_params, sizes.expert_params
+    states = 4 * (dense + experts / 8) / 8 + 12 * (dense + experts) / 64
+    assert states == pytest.approx(62e9, rel=0.02)
+    assert memory.parameters + memory.gradients + memory.optimizer == pytest.approx(states, rel=0.25)
+    text = plan.why(plans)
+    if plans[0].case.ds.pp_size == 1:
+        assert "The best pipeline, ZeRO-1 PP 8 EP 8, takes" in text
+    # 32 micro-batches and 8 stages: 7 of 39 turns.
+    turn = (staged.prediction.time.compute + staged.prediction.time.all_to_all) / 32
+    assert staged.prediction.time.stages == pytest.approx(7 * turn, rel=0.3)
+
+
+def test_no_stages_within_a_node() -> None:
+    plans = plan_search.search(replace(REQUEST, gpus=8, batch=32))
+    assert {p.case.ds.pp_size for p in plans} == {1}
+    assert "pipeline" not in plan.why(plans)

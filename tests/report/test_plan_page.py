@@ -13,11 +13,11 @@ import pytest
 from moe_models.families.adapters import adapter_sizes
 from moe_models.families.model import Model
 from moe_models.planner.devices import GIB
-from moe_models.planner.figures import memory_cells
+from moe_models.planner.figures import memory_cells, times_of
+from moe_models.planner.pipeline import pipeline_traffic
 from moe_models.planner.search import ORDER, Plan
-from moe_models.planner.traffic import traffic
 from moe_models.report import page as pages
-from moe_models.report.plans import MIB, gpus_axis, grid, plan_data
+from moe_models.report.plans import MIB, gpus_axis, grid, layouts_of, plan_data
 from tests.recipes.test_plan import REQUEST, replace
 from tests.report import test_routing_report_page
 from tests.report.test_routing_report_page import Page
@@ -46,6 +46,8 @@ def cell(data: dict[str, Any], name: str, gpus: int, length: int, micro: int, re
 def test_each_plan_is_in_the_page_as_it_was_predicted(planned: Any) -> None:
     request, plans, data = planned
     seen = 0
+    fields = times_of(one.case for one in layouts_of(plans))
+    assert list(fields.values()) == data["times"]
     names = [one["name"] for one in data["layouts"]]
     for one in plans:
         if one.name not in names:
@@ -57,9 +59,9 @@ def test_each_plan_is_in_the_page_as_it_was_predicted(planned: Any) -> None:
         memory, time = one.prediction.memory, one.prediction.time
         assert row[0] == ORDER[one.verdict]
         assert row[1:9] == [round(getattr(memory, part) / MIB) for part in plan.PARTS]
-        assert row[9:-1] == [round(1e4 * getattr(time, part)) for part in plan.TIMES]
+        assert row[9:-1] == [round(1e4 * getattr(time, part)) for part in fields]
         flows = [(*data["kinds"][kind], size, sent, bool(across)) for kind, size, sent, across in found["flows"]]
-        assert flows == [(f.what, f.collective, f.group, f.size, f.sent, f.across) for f in traffic(one.case)]
+        assert flows == [(f.what, f.collective, f.group, f.size, f.sent, f.across) for f in pipeline_traffic(one.case)]
         seen += 1
     assert seen >= len(names) == 10
 

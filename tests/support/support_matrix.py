@@ -9,13 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-Row = tuple[str, int, str, int, int, int, int, int]
-"""(family, experts per token, who spreads the experts, ZeRO stage, ranks, EP, TP, SP)"""
+Row = tuple[str, int, str, int, int, int, int, int, int]
+"""(family, experts per token, who spreads the experts, ZeRO stage, ranks, EP, TP, SP, PP)"""
 
 SEEN: dict[Row, dict[str, float]] = {}
 REFUSED: dict[str, str] = {}
 FILLED_BY = {
-    "test_parity", "test_native", "test_prmoe", "test_tensor_parallel", "test_sequence_parallel", "test_support_matrix",
+    "test_parity", "test_native", "test_prmoe", "test_tensor_parallel", "test_sequence_parallel", "test_pipeline",
+    "test_support_matrix",
 }  # fmt: skip
 COLUMNS = ("loss", "auxiliary loss", "gradient norm", "weights")
 MARKS = ("<!-- support table: from docs/support-matrix.md -->", "<!-- end of the support table -->")
@@ -39,6 +40,7 @@ def note(config: dict[str, Any], model: dict[str, Any], ranks: int, found: dict[
         config["zero_optimization"]["stage"], ranks, native["ep_size"] if native else autoep or 1,
         (config.get("tensor_parallel") or {}).get("autotp_size", 1),
         config.get("sequence_parallel_size", 1),
+        (config.get("pipeline") or {}).get("stages", 1),
     )  # fmt: skip
     kept = SEEN.setdefault(row, {})
     kept.update({name: max(value, kept.get(name, 0.0)) for name, value in found.items()})
@@ -46,8 +48,8 @@ def note(config: dict[str, Any], model: dict[str, Any], ranks: int, found: dict[
 
 def text() -> str:
     """The page."""
-    lines = ["| family | top-k | experts by | ZeRO | ranks | EP | TP | SP | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|---" * (8 + len(COLUMNS)) + "|")
+    lines = ["| family | top-k | experts by | ZeRO | ranks | EP | TP | SP | PP | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|---" * (9 + len(COLUMNS)) + "|")
     for row, found in sorted(SEEN.items()):
         figures = [f"{found[name]:.0e}" if name in found else "has none" for name in COLUMNS]
         lines.append("| " + " | ".join([*map(str, row), *figures]) + " |")
@@ -58,16 +60,16 @@ def text() -> str:
 
 def summary(page: str) -> str:
     """README's table: a line for each family and way to spread experts, out of the page."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.count("|") > 12]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.count("|") > 13]
     kinds: dict[tuple[str, str], list[list[str]]] = {}
     for row in rows[1:]:
         if not row[0].startswith("-"):
             kinds.setdefault((row[0], row[2]), []).append(row)
-    lines = ["| family (`model_type`) | experts by | ZeRO | EP | TP | SP | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|---" * (6 + len(COLUMNS)) + "|")
+    lines = ["| family (`model_type`) | experts by | ZeRO | EP | TP | SP | PP | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|---" * (7 + len(COLUMNS)) + "|")
     for (family, spread), found in sorted(kinds.items()):
-        values = [", ".join(sorted({row[column] for row in found})) for column in (3, 5, 6, 7)]
-        for column in range(8, 8 + len(COLUMNS)):
+        values = [", ".join(sorted({row[column] for row in found})) for column in (3, 5, 6, 7, 8)]
+        for column in range(9, 9 + len(COLUMNS)):
             numbers = [float(row[column]) for row in found if row[column] != "has none"]
             values.append(f"{max(numbers):.0e}" if numbers else "has none")
         lines.append("| " + " | ".join([f"`{family}`", spread, *values]) + " |")

@@ -166,6 +166,19 @@ TINY: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+
+
+def four_layers(model_type: str) -> dict[str, Any]:
+    """Changes of a tiny config.json; what it says of each layer goes on as it began."""
+    changes: dict[str, Any] = {"num_hidden_layers": 4}
+    tiny = TINY[model_type]
+    if "layer_types" in tiny:
+        changes["layer_types"] = tiny["layer_types"][:2] * 2
+    if "mlp_layer_types" in tiny:
+        changes["mlp_layer_types"] = [*tiny["mlp_layer_types"], "sparse", "sparse"]
+    return changes
+
+
 SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
 """How the names of selection biases end."""
 

@@ -71,6 +71,11 @@ def check_case(
     batches = [result["batches"] for result in results]
     assert all(len(per_rank) == parity.STEPS * accumulation for per_rank in batches)
     peers = (config.get("tensor_parallel") or {}).get("autotp_size", 1) * config.get("sequence_parallel_size", 1)
+    stages = (config.get("pipeline") or {}).get("stages", 1)
+    lanes = cluster.world_size // stages
+    for stage in range(1, stages):
+        assert batches[stage * lanes : (stage + 1) * lanes] == batches[:lanes], "stages must train on the same data"
+    batches = batches[:lanes]
     replicas = batches[::peers]
     for peer in range(1, peers):
         assert batches[peer::peers] == replicas, "peers must train on the same data"

@@ -1,0 +1,1 @@
+"""Pipeline stages of a stock Hugging Face model on DeepSpeed's pipeline engine. Imports what engine may."""
