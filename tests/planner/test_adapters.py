@@ -109,3 +109,25 @@ def test_a_checkpoint_is_small_and_a_step_moves_adapters_only() -> None:
     device = read_device("h100-80g", [])
     assert predict(with_adapter, device).fits
     assert not predict(whole, device).fits
+
+
+def test_a_checkpoint_of_the_quickstarts_model_is_smaller_than_a_twentieth() -> None:
+    """Its shape: SmolLM2-135M with 4 experts in each layer (recipes/quickstart_inputs.py)."""
+    config = {
+        **MIXTRAL_8X7B,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "num_local_experts": 4,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    }
+    model = Model.of(config)
+    adapter = adapter_sizes(model.sizes, FAMILIES["mixtral"], config, 16)
+    work = Work(micro_batch=1, length=256)
+    with_adapter = Case.of(layout_of(1, 2), model, 2, work, 2, adapter=adapter)
+    whole = Case.of(layout_of(1, 2), model, 2, work, 2)
+    assert checkpoint_bytes(with_adapter) < checkpoint_bytes(whole) / 20
