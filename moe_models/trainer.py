@@ -29,6 +29,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from moe_models.checkpoint.card import Kind, RunFacts, facts_of_base, measured, 
 from moe_models.checkpoint.export import export_bytes
 from moe_models.checkpoint.export_engine import export_engine
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES, save_companions
+from moe_models.checkpoint.origin import Comparison, Origin, note_origin, shared_origin
 from moe_models.checkpoint.per_expert import AdapterLayout
 from moe_models.checkpoint.proof import ExportProof
 from moe_models.checkpoint.reading import reading_bar, refuse_unread, report_reading
@@ -62,8 +64,10 @@ from moe_models.engine.lora import (
     is_adapted,
     see_through_peft,
 )
-from moe_models.engine.native import mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
+from moe_models.engine.native import exact_routing, mean_aux_loss, native_blocks, record_aux_losses, take_drop_rates
 from moe_models.engine.plain_transformers import remember_shipped
+from moe_models.engine.same_function import How, Question, ask_before, require_same_function
+from moe_models.engine.same_function import report as report_same_function
 from moe_models.engine.seams import check_seams
 from moe_models.engine.signals import ToldToStopError, Vote, saved_at_the_end_of_a_step
 from moe_models.engine.step_log import StepLog
@@ -72,8 +76,10 @@ from moe_models.engine.weight_decay import decay_groups
 from moe_models.errors import warn
 from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
-from moe_models.families.table import FAMILIES, Family
+from moe_models.families.table import FAMILIES, Family, moe_blocks
+from moe_models.families.unsupported import UNSUPPORTED
 from moe_models.preflight.flags import reentrant_problems
+from moe_models.ranks import rank
 from moe_models.routing.callback import Routing
 from moe_models.routing.choice import Balancing, Source, choose_balancing
 
@@ -101,6 +107,9 @@ class ExpertParallelTraining(Trainer):
         balance: ``"moe": {"balance": ...}`` of the JSON; None leaves the auxiliary loss to TRL and the model.
         kernels: ``"moe": {"kernels": ...}``: "fused" for AutoEP's layers in fewer kernels.
         dispatch: ``"moe": {"dispatch": ...}``: how tokens get to their experts' ranks then.
+        check_conversion: which MoE blocks are compared before the first step with what they computed before AutoEP
+            converted them: ``auto`` (all, or some of a large model), ``all`` or ``none``. For native layers
+            ``register_deepspeed_moe`` takes it.
         kwargs: those of the Trainer.
 
     Raises:
@@ -108,7 +117,8 @@ class ExpertParallelTraining(Trainer):
         ValueError: if the model's family is unknown, or if flags of activation checkpointing, packing or attention
             cannot be honoured.
         RuntimeError: when training starts, if AutoEP did not replace exactly the model's MoE blocks.
-        RunError: when training starts, if a tensor of the model cannot be read or was never read.
+        RunError: when training starts, if a tensor of the model cannot be read or was never read, or if a converted
+            block computes another function than Hugging Face's (``moe_models/engine/same_function.py``).
         TrainingStoppedError: during training, when loss, gradient norm or weights are not finite.
         ToldToStopError: during training, at the end of a step, when a rank was told to stop; the step is saved. Only
             in a process that listens (``moe_models/engine/signals.py``), as those of the recipes do.
@@ -123,11 +133,14 @@ class ExpertParallelTraining(Trainer):
         balance: Balance | None = None,
         kernels: Kernels = "deepspeed",
         dispatch: Dispatch = "auto",
+        check_conversion: How = "auto",
         **kwargs: Any,
     ) -> None:
         check_seams()
         if model.config.model_type not in FAMILIES:
-            raise ValueError(f"model_type {model.config.model_type!r} is not one of {sorted(FAMILIES)}")
+            why = UNSUPPORTED.get(model.config.model_type)
+            reason = f" ({why})" if why else ""
+            raise ValueError(f"model_type {model.config.model_type!r} is not one of {sorted(FAMILIES)}{reason}")
 
         # 1. What the export will need. TRL switches router logits on in the config; the exported config.json is the
         #    one that came in.
@@ -136,7 +149,13 @@ class ExpertParallelTraining(Trainer):
         self.max_shard_bytes = max_shard_bytes
         self._kernels = kernels
         self._dispatch = dispatch
+        self.check_conversion = check_conversion
         self.last_proof: ExportProof | AdapterProof | None = None
+        self.last_comparison: Comparison | None = None
+        self._started_from: tuple[str, str | None] = (
+            str(getattr(hf_model(model), "name_or_path", "") or ""),
+            getattr(model.config, "_commit_hash", None),
+        )
         self.export_progress: Callable[[int, int], None] | None = None
         """Called with (tensors done, tensors in all) on the writing rank; a recipe may set it."""
         self.adapter_layout: AdapterLayout = "fused"
@@ -169,6 +188,8 @@ class ExpertParallelTraining(Trainer):
         self.routing = Routing(self.family, config, self.balancing.balance, self.balancing.coefficient)
         self.add_callback(self.routing)
         self._sizes = model_sizes(config) if self.family.counts_flops else None
+        if rank() == 0:
+            print(self.balancing.describe(self._coefficient_from()), flush=True)
 
     @property
     def _deepspeed_json(self) -> dict[str, Any]:
@@ -211,15 +232,37 @@ class ExpertParallelTraining(Trainer):
             model.config.output_router_logits = False
         return chosen
 
+    def _coefficient_from(self) -> str:
+        """Who said the coefficient of the auxiliary loss."""
+        if getattr(self.args, "router_aux_loss_coef", None) is not None:
+            return "--router_aux_loss_coef"
+        if hasattr(self.source_config, "router_aux_loss_coef"):
+            return "router_aux_loss_coef of the model's config.json, or of its class"
+        return "no router_aux_loss_coef anywhere"
+
     # --- before the first step
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self.checkpoints.clear(self.args.output_dir)
-        # Experts that are still on disk are read by the layers that take them, while the engine is built.
-        with any_layout(self.family), self._adapters(), reading_bar(self.model, share=1 / self._asked_degrees().ep):
+        # 1. What the blocks compute before AutoEP converts them; native ones were asked already.
+        question = self._ask_blocks()
+
+        def converted(engine: Any) -> None:
+            self._finish_layers()
+            with exact_routing(engine.module):
+                report_same_function(require_same_function(engine, question, self._conversion))
+
+        # 2. Experts that are still on disk are read by the layers that take them, while the engine is built.
+        resumes = resume_from_checkpoint is not None
+        before_loading = converted if resumes else None
+        reading = reading_bar(self.model, share=1 / self._asked_degrees().ep)
+        with any_layout(self.family, before_loading), self._adapters(), reading:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         refuse_unread(self.model)
         report_reading()
+        if not resumes:
+            converted(self.model_wrapped)
+        # 3. The parts of the trainer that need the engine.
         self._prepare_norm()
         self._attach_routing()
         self._warn_of_the_disk(max_steps)
@@ -233,6 +276,42 @@ class ExpertParallelTraining(Trainer):
             return adapters_join_autoep(self.model)
         return nullcontext()
 
+    @property
+    def _conversion(self) -> str:
+        if self.native:
+            return "native layers"
+        return "AutoEP with fused kernels" if self._kernels == "fused" else "AutoEP"
+
+    def _ask_blocks(self) -> Question:
+        """The conversion's question; empty where nothing is converted."""
+        paths: list[str] = []
+        if autoep_section(self._deepspeed_json) is not None:
+            paths = list(moe_blocks(self.family, self.source_config.to_dict()))
+        how = self.check_conversion
+        autocast = self._deepspeed_json.get("torch_autocast") or {}
+        if paths and autocast.get("enabled"):
+            warn(
+                ["conversion: not compared under torch_autocast, whose rounding the blocks alone do not have"],
+                rank=rank(),
+            )
+            how = "none"
+        dtype = torch.float32
+        if self.args.bf16:
+            dtype = torch.bfloat16
+        elif self.args.fp16:
+            dtype = torch.float16
+        return ask_before(self.model, paths, how, device=self.args.device, dtype=dtype)
+
+    def _finish_layers(self) -> None:
+        """Check that AutoEP built what the JSON asks for, and give it its kernels."""
+        if autoep_section(self._deepspeed_json) is None:
+            return
+        check_replaced(self.model, self.family, self.source_config.to_dict(), self._asked_degrees().ep)
+        if self._kernels == "fused":
+            lines = fuse(self.model, self._dispatch)
+            if is_writer():
+                warn(lines)
+
     def _prepare_norm(self) -> None:
         """The gradient norm by which DeepSpeed clips: right under tensor parallelism, and fast elsewhere."""
         optimizer = self.model_wrapped.optimizer
@@ -245,16 +324,17 @@ class ExpertParallelTraining(Trainer):
 
     def _warn_of_the_disk(self, max_steps: int) -> None:
         """Say at the start if the disk has not the room for what the run will write."""
+        adapted = is_adapted(self.model)
+        origin = None if adapted else self._origin  # collective, so before any rank returns
         if self.args.save_strategy == SaveStrategy.NO:
             return
         checkpoint = checkpoint_bytes(self.model_wrapped)
-        adapted = is_adapted(self.model)
         if adapted:
             export = adapter_bytes(self.model_wrapped)
         if not is_writer():
             return
         if not adapted:
-            export = export_bytes(self.family, self.source_config, self.model.dtype)
+            export = export_bytes(self.family, self.source_config, self.model.dtype, origin)
         planned = 1
         if self.args.save_strategy == SaveStrategy.STEPS:
             every = self.state.save_steps or max_steps
@@ -273,14 +353,7 @@ class ExpertParallelTraining(Trainer):
         warn(lines)
 
     def _attach_routing(self) -> None:
-        """Check that AutoEP built what the JSON asks for, give it its kernels, and watch the routers."""
-        if autoep_section(self._deepspeed_json) is not None:
-            config = self.source_config.to_dict()
-            check_replaced(self.model, self.family, config, self._asked_degrees().ep)
-            if self._kernels == "fused":
-                lines = fuse(self.model, self._dispatch)
-                if is_writer():
-                    warn(lines)
+        """Watch the routers."""
         ep_size = max(block.ep_size for block in find_blocks(self.model))
         peers = self.ulysses.group if self.ulysses else None
         self.routing.attach(self.model, ep_size, self.args.device, peers)
@@ -509,11 +582,14 @@ class ExpertParallelTraining(Trainer):
                 with self.checkpoints.noting():
                     folder.mkdir(parents=True, exist_ok=True)
                     save_companions(folder, self.source_config, self.model.dtype, **companions)
+                    if not is_adapted(self.model):  # an adapter names its base model itself
+                        note_origin(folder, *self._started_from)
             if is_adapted(self.model):
                 save_adapter_files(self.model_wrapped, self.family, self.source_config, folder, self.checkpoints.noting)
             self.accelerator.wait_for_everyone()
             return
         self.last_proof = None
+        self.last_comparison = None
         if is_adapted(self.model):
             self.last_proof = export_adapter(
                 self.model_wrapped,
@@ -536,7 +612,7 @@ class ExpertParallelTraining(Trainer):
         return self._export_model(output_dir)
 
     def _export_model(self, output_dir: str | None) -> ExportProof | None:
-        return export_engine(
+        compared = export_engine(
             self.model_wrapped,
             self.family,
             self.source_config,
@@ -545,9 +621,26 @@ class ExpertParallelTraining(Trainer):
             add_files=self._card("merged" if is_adapted(self.model) else "model"),
             max_shard_bytes=self.max_shard_bytes,
             progress=self.export_progress,
+            origin=self._origin,
+            trained_steps=self._steps_that_train(),
             tokenizer=self.processing_class,
             generation_config=self.model.generation_config,
         )
+        if compared is None:
+            return None
+        proof, self.last_comparison = compared
+        return proof
+
+    @cached_property
+    def _origin(self) -> Origin | None:
+        """The checkpoint that the run started from; collective when it is first asked for."""
+        return shared_origin(*self._started_from, self.family, self.source_config)
+
+    def _steps_that_train(self) -> int:
+        """Steps that must have changed a weight: those after the warm-up, which starts at 0."""
+        if self.args.learning_rate <= 0:
+            return 0
+        return int(self.state.global_step - self.args.get_warmup_steps(max(1, self.state.max_steps)))
 
     def _load_best_model(self) -> None:
         with any_layout(self.family):

@@ -44,6 +44,13 @@ class RecipeArguments:
         default=False,
         metadata={"help": "Print all figures of a logged step and a progress bar, not only one line."},
     )
+    check_conversion: Literal["auto", "all", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "MoE blocks that are compared before the first step with what they computed before their experts "
+            "were spread: auto is all, or some evenly spread layers where they hold more than 32 GB."
+        },
+    )
 
 
 def read_checkpoint_config(name: str) -> dict[str, Any]:

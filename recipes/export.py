@@ -13,8 +13,9 @@
 Every expert is collected from the files of all ranks, ZeRO partitions are joined, and the weights are written in the
 hub's names and layout, with config.json, tokenizer, generation config and a model card. The folder appears under its
 name only when nothing is missing, no shape is wrong and every value is finite. It is byte for byte what the running
-training would have exported at that step, except for what the card says was measured. Memory: one projection of one
-layer's experts.
+training would have exported at that step, except for what the card says was measured. It is compared with the model
+that training started from, which the checkpoint names. What the trained class does not hold of that model is passed
+on. Memory: one projection of one layer's experts.
 
 Adapters: what is written is read back by plain PEFT or plain transformers, and must answer as plain PEFT answers with
 the adapter on its base model, one decoder layer of which is in memory at a time.
@@ -45,7 +46,7 @@ def main(words: list[str]) -> int:
         export_adapter(arguments)
         return 0
     refuse_flags_of_adapters(arguments)
-    export_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.max_shard_size)
+    export_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.max_shard_size, arguments.source)
     return 0
 
 
@@ -61,6 +62,11 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--base_model", help="of an adapter: folder or hub id, if not the one that it names")
     parser.add_argument(
         "--adapter_layout", choices=("fused", "per_expert"), help="of an adapter: how it holds the experts' factors"
+    )
+    parser.add_argument(
+        "--source",
+        help="the model that training started from, if it is no longer where it was: a folder or hub id; none: do not "
+        "compare, and pass nothing on that the trained class does not hold",
     )
     return parser.parse_args(words)
 
@@ -91,6 +97,8 @@ def export_adapter(arguments: argparse.Namespace) -> None:
     problems = Problems()
     layout: AdapterLayout = arguments.adapter_layout or "fused"
     max_shard_bytes = 0
+    if arguments.source is not None:
+        problems.add("--source: of a checkpoint that holds a whole model; an adapter's is --base_model")
     if arguments.merge and arguments.adapter_layout:
         problems.add("--adapter_layout with --merge: a merged model has no adapter; drop one of them")
     try:
@@ -116,6 +124,7 @@ def export_adapter(arguments: argparse.Namespace) -> None:
     from moe_models.checkpoint.merging import merge_folder, rewrite_adapter
 
     proof: Any
+    comparison: Any = None
     try:
         if not arguments.merge:
             proof = rewrite_adapter(
@@ -124,7 +133,7 @@ def export_adapter(arguments: argparse.Namespace) -> None:
         else:
             with Progress(transient=True) as bar:
                 task = bar.add_task("merge", total=None)
-                proof = merge_folder(
+                proof, comparison = merge_folder(
                     arguments.checkpoint,
                     arguments.output_dir,
                     base=arguments.base_model,
@@ -140,6 +149,8 @@ def export_adapter(arguments: argparse.Namespace) -> None:
         f"{arguments.output_dir}: {kind}, complete; logits within {proof.max_logit_difference:.1e} of plain PEFT's on "
         "the base model"
     )
+    if comparison is not None:
+        print(f"source: {comparison}")
 
 
 def read_problems(arguments: argparse.Namespace, layout: str) -> None:
@@ -164,10 +175,10 @@ def read_problems(arguments: argparse.Namespace, layout: str) -> None:
 # --------------------------------------------------------------------------------------------------------- whole models
 
 
-def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -> None:
+def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str, source: str | None = None) -> None:
     """Export ``checkpoint`` to ``output_dir``. Raises UserError for input that cannot work."""
     # 1. Everything that needs no heavy import: all problems at once.
-    family, max_shard_bytes = check(checkpoint, output_dir, max_shard_size)
+    family, max_shard_bytes, folder = check(checkpoint, output_dir, max_shard_size, source)
 
     from rich.progress import Progress
     from transformers import AutoConfig
@@ -176,18 +187,24 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
     from moe_models.checkpoint.export import export
     from moe_models.checkpoint.from_folder import FolderSource
     from moe_models.checkpoint.hf_folder import ExportError
+    from moe_models.checkpoint.origin import compare, read_origin
     from moe_models.routing.callback import BIAS_FILE
 
-    # 2. The checkpoint's files and the model's config.
-    source = FolderSource(checkpoint, family)
+    # 2. The checkpoint's files, the model's config, and the model that it started from.
+    tensors = FolderSource(checkpoint, family)
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except Exception as error:  # transformers raises many kinds for values that it cannot use
         raise UserError(f"{checkpoint}: its config.json cannot be used: {one_line(error)}") from error
+    origin = read_origin(folder, family, config) if folder is not None else None
+    comparisons = []
+
     # 3. Write, with a model card. A selection bias that the architecture has no place for goes into a file of its own.
     bias_left_out = (checkpoint / BIAS_FILE).exists() and not family.selection_bias
 
-    def add_files(staged: Path) -> None:
+    def finish(staged: Path) -> None:
+        if origin is not None:
+            comparisons.append(compare(staged, origin))
         if bias_left_out:
             shutil.copy(checkpoint / BIAS_FILE, staged / BIAS_FILE)
         write_card(staged, "model", read_facts(checkpoint), measured_in(checkpoint))
@@ -196,13 +213,14 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
         with Progress(transient=True) as bar:
             task = bar.add_task("export", total=None)
             export(
-                source,
+                tensors,
                 family,
                 config,
                 output_dir,
                 companions=checkpoint,
                 max_shard_bytes=max_shard_bytes,
-                before_rename=add_files,
+                before_rename=finish,
+                origin=origin,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except ExportError as error:
@@ -211,7 +229,9 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
         raise UserError(f"{checkpoint}: cannot be exported: {error}") from error
     # 4. Summarise.
     size = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
-    print(f"{output_dir}: {size / 1e9:.2f} GB, {source.dtype}, complete; load it with from_pretrained")
+    print(f"{output_dir}: {size / 1e9:.2f} GB, {tensors.dtype}, complete; load it with from_pretrained")
+    for comparison in comparisons:
+        print(f"source: {comparison}")
     if bias_left_out:
         warn(
             [
@@ -221,8 +241,32 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str) -
         )
 
 
-def check(checkpoint: Path, output_dir: Path, max_shard_size: str) -> tuple[Family, int]:
-    """(the model's family, largest shard in bytes). Raises UserError with every problem of the three flags."""
+def started_from(checkpoint: Path, source: str | None) -> Path | None:
+    """The folder of the model that training started from. Raises UserError where it should be there and is not."""
+    from moe_models.checkpoint.origin import noted_origin, origin_folder
+
+    if source == "none":
+        return None
+    noted = noted_origin(checkpoint)
+    name, revision = (source, None) if source is not None else noted or ("", None)
+    if not name:  # drawn, or a checkpoint of an earlier version
+        return None
+    folder = origin_folder(name, revision)
+    if folder is None:
+        raise UserError(
+            f"{name}: the model that training started from is not there; give its folder with --source, or --source "
+            "none: the export is then not compared with it, and lacks what the trained class does not hold"
+        )
+    return folder
+
+
+def check(
+    checkpoint: Path, output_dir: Path, max_shard_size: str, source: str | None = None
+) -> tuple[Family, int, Path | None]:
+    """(the model's family, largest shard in bytes, the folder that training started from).
+
+    Raises UserError with every problem of the flags.
+    """
     from moe_models.checkpoint.hf_folder import ExportError, refuse_foreign_folder
     from moe_models.families.config_json import read_model_config
     from moe_models.families.table import FAMILIES
@@ -239,6 +283,7 @@ def check(checkpoint: Path, output_dir: Path, max_shard_size: str) -> tuple[Fami
     except (ExportError, OSError) as error:
         problems.add(f"--output_dir {error}")
     family = None
+    folder = None
     if not checkpoint.is_dir():
         problems.add(f"--checkpoint {checkpoint}: no such folder; give a checkpoint-N folder that training wrote")
     else:
@@ -247,9 +292,11 @@ def check(checkpoint: Path, output_dir: Path, max_shard_size: str) -> tuple[Fami
             family = FAMILIES.get(str(model_type))
             if family is None:
                 problems.add(f"{checkpoint}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
+        with problems.note():
+            folder = started_from(checkpoint, source)
     problems.refuse()
     assert family is not None  # else there was a problem
-    return family, max_shard_bytes
+    return family, max_shard_bytes, folder
 
 
 if __name__ == "__main__":

@@ -248,7 +248,8 @@ def build_trainer(
 
     if ds.moe.layer is not None:
         with reading_bar(model, share=1 / ds.moe.layer.ep_size):
-            model = register_deepspeed_moe(model, ds.moe.layer, FAMILIES[model.config.model_type])
+            family = FAMILIES[model.config.model_type]
+            model = register_deepspeed_moe(model, ds.moe.layer, family, recipe.check_conversion)
     peft_config = lora_config(model_args)
     if recipe.adapter is not None:
         model = continued_adapter(model, recipe.adapter, model_args)
@@ -264,6 +265,7 @@ def build_trainer(
             balance=ds.moe.balance,
             kernels=ds.moe.kernels,
             dispatch=ds.moe.dispatch,
+            check_conversion=recipe.check_conversion,
             peft_config=peft_config,
         )
     except ValueError as error:  # flags that TRL finds at odds with each other or with the data
@@ -355,6 +357,7 @@ def summarise(trainer: Any, ds: Any, peak_gib: float, merged: Any = None) -> dic
         "eval_loss_before": held_out[0] if evaluated_before else None,
         "eval_loss_after": held_out[-1] if held_out else None,
         "verified": asdict(trainer.last_proof),
+        "source": asdict(trainer.last_comparison) if trainer.last_comparison else None,
         "left_out": trainer.routing.left_out,
         "checkpoint": str(Path(trainer.args.output_dir) / (ADAPTER_FOLDER if adapted else MODEL_FOLDER)),
     }
@@ -365,6 +368,8 @@ def summarise(trainer: Any, ds: Any, peak_gib: float, merged: Any = None) -> dic
 
 def print_summary(summary: dict[str, Any]) -> None:
     """The closing lines of a run."""
+    from moe_models.checkpoint.origin import Comparison
+
     proof = summary["verified"]
     held_out = [loss for loss in (summary["eval_loss_before"], summary["eval_loss_after"]) if loss is not None]
     # Only an adapter's proof has a base model to compare with.
@@ -380,6 +385,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         "held-out loss": " -> ".join(f"{loss:.4f}" for loss in held_out),
         kind: f"{summary['checkpoint']}  (reloaded: {reloaded}, logits within "
         f"{proof['max_logit_difference']:.1e} of the trained model's, same top token at {proof['same_top1']:.0%})",
+        "source": str(Comparison(**summary["source"])) if summary["source"] else "",
     }
     if "merged" in summary:
         proof = summary["merged"]["verified"]

@@ -24,12 +24,12 @@ from __future__ import annotations
 import math
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,16 @@ Shape = tuple[int, ...]
 
 HEARTBEAT_SECONDS = 20.0
 """How often waiting ranks hear from the writer; collectives that wait for half an hour are taken for dead."""
+
+
+class LeftOver(Protocol):
+    """What a checkpoint holds beside the model (:class:`~moe_models.checkpoint.origin.Origin`)."""
+
+    def expected(self) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Name -> (shape, dtype)."""
+
+    def leftovers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, values), one after the other."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,7 @@ def export(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
     before_rename: Callable[[Path], None] | None = None,
+    origin: LeftOver | None = None,
 ) -> Path:
     """Write ``source`` as a Hugging Face folder in the hub's layout; all or nothing.
 
@@ -141,12 +152,15 @@ def export(
         progress: called with (tensors done, tensors in all) on the writing rank.
         before_rename: called with the staged folder on the writing rank when all is in it; it may add files. What it
             raises stops the export.
+        origin: the checkpoint that training started from; what it holds beside the model is written as it is.
 
     Raises:
         ExportError: on every rank, with the reason; the folder that was there before is untouched.
     """
     plan = hub_plan(family, config)
     expected = _expected_on_disk(plan, config, source.dtype)
+    if origin is not None:
+        expected |= origin.expected()
     needed = _nbytes(expected)
 
     # 1. Open the staging folder. The ranks that can write their own experts join rank 0.
@@ -180,6 +194,13 @@ def export(
         if progress is not None and is_writer():
             progress(done, len(expected))
 
+    def pass_on() -> None:
+        if writer is None or origin is None:
+            return
+        for name, tensor in origin.leftovers():
+            with ends_if_full(folder, ExportError, needed):
+                writer.add(name, tensor, finite=False)
+
     def finish() -> None:
         left = [name for name in source.unasked() if name not in tied_names(config)]
         if left:
@@ -208,7 +229,9 @@ def export(
         # 2. One tensor after the other. Ranks agree after each: one may fail where the others cannot see it.
         for entry in plan:
             together(partial(move, entry))
-        # 3. What is beside the weights, and the rename.
+        # 3. What the trained class has no place for.
+        together(pass_on, slow=True)
+        # 4. What is beside the weights, and the rename.
         seen_elsewhere = _seen_elsewhere(own_writer)
         together(finish, slow=True)
     except BaseException:
@@ -279,9 +302,10 @@ def _nbytes(expected: dict[str, tuple[Shape, torch.dtype]]) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
 
 
-def export_bytes(family: Family, config: Any, dtype: torch.dtype) -> int:
+def export_bytes(family: Family, config: Any, dtype: torch.dtype, origin: LeftOver | None = None) -> int:
     """Bytes of the weights in an exported folder."""
-    return _nbytes(_expected_on_disk(hub_plan(family, config), config, dtype))
+    passed_on = origin.expected() if origin is not None else {}
+    return _nbytes(_expected_on_disk(hub_plan(family, config), config, dtype) | passed_on)
 
 
 def together(action: Callable[[], T], *, slow: bool = False) -> T:

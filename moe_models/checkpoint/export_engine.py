@@ -9,6 +9,7 @@ from typing import Any
 from moe_models.checkpoint.export import export
 from moe_models.checkpoint.from_engine import EngineSource
 from moe_models.checkpoint.merged import MergedSource
+from moe_models.checkpoint.origin import Comparison, Origin, compare, refuse_unchanged
 from moe_models.checkpoint.proof import ExportProof, prove_folder, record_logits
 from moe_models.engine.lora import is_adapted
 from moe_models.engine.native import exact_routing
@@ -22,9 +23,12 @@ def export_engine(
     config: Any,
     folder: Path,
     routing: Routing,
+    *,
     add_files: Callable[[Path, ExportProof], None],
+    origin: Origin | None = None,
+    trained_steps: int = 0,
     **options: Any,
-) -> ExportProof | None:
+) -> tuple[ExportProof, Comparison | None] | None:
     """Write the model of ``engine`` to ``folder``, an adapter added to its weights; every rank calls it.
 
     The folder is reloaded with plain transformers and compared with the engine, bits and logits, before it gets its
@@ -38,10 +42,12 @@ def export_engine(
         routing: what watches and balances the routers. A selection bias that the architecture has no place for is
             left out of the comparison and written beside the weights.
         add_files: called with the staged folder and the proof on the writing rank, to put more files into it.
+        origin: the checkpoint that training started from, if there is one.
+        trained_steps: steps that must have changed something.
         options: of :func:`~moe_models.checkpoint.export.export`.
 
     Returns:
-        What was compared, on the writing rank; None on the others.
+        What was compared with the engine and with the origin, on the writing rank; None on the others.
 
     Raises:
         ExportError: on every rank, with the reason; the folder that was there before is untouched.
@@ -54,14 +60,21 @@ def export_engine(
     source = EngineSource(engine, family)
     if is_adapted(engine.module):
         source = MergedSource(engine, family)
-    proofs: list[ExportProof] = []
+    proofs: list[tuple[ExportProof, Comparison | None]] = []
 
-    # 3. The comparison, while the folder still has its staging name.
+    # 3. The comparisons, while the folder still has its staging name.
     def prove(staged: Path) -> None:
-        proofs.append(prove_folder(staged, ids_BT, logits_BTV, source.fingerprints))
+        passed_on = origin.unexpected if origin is not None else frozenset()
+        proof = prove_folder(staged, ids_BT, logits_BTV, source.fingerprints, passed_on)
+        comparison = None
+        if origin is not None:
+            comparison = compare(staged, origin)
+            if trained_steps > 0:
+                refuse_unchanged(comparison, origin, trained_steps)
+        proofs.append((proof, comparison))
         if routing.left_out:
             routing.save(staged)
-        add_files(staged, proofs[0])
+        add_files(staged, proof)
 
-    export(source, family, config, folder, before_rename=prove, **options)
+    export(source, family, config, folder, before_rename=prove, origin=origin, **options)
     return proofs[0] if proofs else None

@@ -73,8 +73,11 @@ class TensorWriter:
         """Write several, as :meth:`add` does."""
         each(lambda item: self.add(*item), tensors.items())
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor (CPU, any stride). Threads may call it for different names."""
+    def add(self, name: str, tensor: torch.Tensor, *, finite: bool = True) -> None:
+        """Write one tensor (CPU, any stride). Threads may call it for different names.
+
+        ``finite``: refuse one that is not.
+        """
         # 1. Refuse what the finished folder must not hold.
         if name not in self._expected:
             raise ExportError(f"{name}: not a tensor of this model's Hugging Face checkpoint")
@@ -85,7 +88,7 @@ class TensorWriter:
             raise ExportError(f"{name}: has shape {list(tensor.shape)}, expected {list(shape)}")
         if tensor.dtype != dtype:
             raise ExportError(f"{name}: is {tensor.dtype}, expected {dtype}")
-        if not _is_finite(tensor):
+        if finite and not _is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ExportError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
         # 2. To its place.

@@ -18,6 +18,7 @@ from moe_models.checkpoint.card import RunFacts, facts_of_base, measured_in, rea
 from moe_models.checkpoint.export import export
 from moe_models.checkpoint.from_peft import PeftSource, answer, load_adapted, read_adapter_config
 from moe_models.checkpoint.hf_folder import DEFAULT_MAX_SHARD_BYTES
+from moe_models.checkpoint.origin import Comparison, compare, origin_folder, read_origin
 from moe_models.checkpoint.per_expert import AdapterLayout
 from moe_models.checkpoint.proof import ExportProof, prove_folder
 from moe_models.engine.lora import adapter_config
@@ -44,10 +45,11 @@ def merge_folder(
     base: str | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
-) -> ExportProof:
+) -> tuple[ExportProof, Comparison | None]:
     """Write the base model with ``adapter`` added to its weights, as a Hugging Face folder under hub names.
 
-    The folder is reloaded with plain transformers and must answer like plain PEFT on the base model.
+    The folder is reloaded with plain transformers and must answer like plain PEFT on the base model. What the base
+    model's folder holds beside the trained class goes through unchanged.
 
     Args:
         adapter: PEFT's folder, or a checkpoint of a run that trained an adapter.
@@ -55,6 +57,9 @@ def merge_folder(
         base: folder or hub id of the base model; otherwise the one that ``adapter`` names.
         max_shard_bytes: largest safetensors file.
         progress: called with (tensors done, tensors in all).
+
+    Returns:
+        What was compared with plain PEFT, and with the base model's folder where it has safetensors.
 
     Raises:
         UserError: for an adapter that is not plain LoRA, or that does not fit its base.
@@ -71,15 +76,20 @@ def merge_folder(
     model = load_adapted(adapter, name, revision)
     base_model = model.get_base_model()
     source = PeftSource(model)
-    proofs: list[ExportProof] = []
+    family = FAMILIES[model_type]
+    base_folder = origin_folder(name, revision)
+    origin = read_origin(base_folder, family, base_model.config) if base_folder is not None else None
+    proofs: list[tuple[ExportProof, Comparison | None]] = []
 
     def prove(staged: Path) -> None:
-        proofs.append(prove_folder(staged, ids_BT, logits_BTV, source.fingerprints))
-        write_card(staged, "merged", _facts(adapter, name, revision), measured_in(adapter, proofs[0]))
+        passed_on = origin.unexpected if origin is not None else frozenset()
+        proof = prove_folder(staged, ids_BT, logits_BTV, source.fingerprints, passed_on)
+        proofs.append((proof, compare(staged, origin) if origin is not None else None))
+        write_card(staged, "merged", _facts(adapter, name, revision), measured_in(adapter, proof))
 
     export(
         source,
-        FAMILIES[model_type],
+        family,
         base_model.config,
         folder,
         tokenizer=_tokenizer(adapter, name, revision),
@@ -87,6 +97,7 @@ def merge_folder(
         max_shard_bytes=max_shard_bytes,
         progress=progress,
         before_rename=prove,
+        origin=origin,
     )
     return proofs[0]
 

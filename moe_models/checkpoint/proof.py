@@ -10,7 +10,7 @@ Two comparisons, because each is blind where the other sees:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,11 @@ def record_logits(engine: Any, vocab_size: int) -> tuple[torch.Tensor, torch.Ten
 @as_shipped()
 @torch.no_grad()
 def prove_folder(
-    folder: Path, ids_BT: torch.Tensor, logits_BTV: torch.Tensor, fingerprints: Mapping[str, int]
+    folder: Path,
+    ids_BT: torch.Tensor,
+    logits_BTV: torch.Tensor,
+    fingerprints: Mapping[str, int],
+    passed_on: Collection[str] = (),
 ) -> ExportProof:
     """Load ``folder`` with ``AutoModelForCausalLM.from_pretrained`` and compare it with the engine.
 
@@ -80,6 +84,7 @@ def prove_folder(
         ids_BT: the probe of :func:`record_logits`.
         logits_BTV: the engine's logits for it.
         fingerprints: those of an :class:`~moe_models.checkpoint.from_engine.EngineSource`.
+        passed_on: keys that the class has no place for, as transformers names them; the origin has them, too.
 
     Raises:
         ExportError: if a key is missing or unexpected, a tensor holds other bits than the engine, or the logits differ
@@ -91,7 +96,7 @@ def prove_folder(
     with without_zero3(), unread_tensors():  # the whole model, in one process
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
     missing = sorted(info["missing_keys"])
-    unexpected = sorted(info["unexpected_keys"])
+    unexpected = sorted(set(info["unexpected_keys"]) - set(passed_on))
     if missing or unexpected or info["mismatched_keys"]:
         raise ExportError(f"{folder}: reloading finds missing {missing[:4]} and unexpected {unexpected[:4]} keys")
     # 2. The model answers the probe, and every tensor that it uses leaves its fingerprint.

@@ -11,7 +11,7 @@ old run did not have start theirs anew.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -71,8 +71,10 @@ def describe_engine(engine: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def any_layout(family: Family) -> Iterator[None]:
+def any_layout(family: Family, before_loading: Callable[[Any], None] | None = None) -> Iterator[None]:
     """In here, HF's Trainer resumes from a checkpoint of any layout; DeepSpeed reads those of its own.
+
+    ``before_loading`` is called with the engine before its weights are replaced.
 
     Every file is read as plain tensors, mapped from the disk. Raises UserError, the same on every rank and before a
     weight is read, if one of them is missing, damaged, or would execute code.
@@ -82,6 +84,8 @@ def any_layout(family: Family) -> Iterator[None]:
     load_own = trainer.deepspeed_load_checkpoint
 
     def load(engine: Any, checkpoint: str, **options: Any) -> None:
+        if before_loading is not None:
+            before_loading(engine)
         saved = saved_layout(checkpoint)
         require_readable(Path(checkpoint), family, saved)
         here = describe_engine(engine)

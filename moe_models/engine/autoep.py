@@ -19,25 +19,34 @@ from moe_models.families.table import FAMILIES, Family, moe_blocks
 def register_presets() -> None:
     """Teach AutoEP the families of our table that DeepSpeed 0.19.8 has no preset for (``own_preset``). Idempotent.
 
-    The pattern keys of ``expert_parallel`` would find the blocks too. But only a preset carries the adapter that points
-    transformers' router-logit recorder at the new router. Without it the auxiliary loss has nothing to work on.
+    The pattern keys of ``expert_parallel`` would find the blocks too. But only a preset carries an adapter. A family
+    with an auxiliary loss needs the one that points transformers' router-logit recorder at the new router, or the loss
+    has nothing to work on. The others route in groups as DeepSeek-V3 does, whose adapter reads them from the config.
     """
     from deepspeed.module_inject.auto_ep_presets import registry
     from deepspeed.module_inject.auto_ep_presets.base import MoEModelPreset, TransformersTopLevelRouterLogitsAdapter
+    from deepspeed.module_inject.auto_ep_presets.deepseek_v3 import DeepSeekV3PresetAdapter
+
+    name_recorders_by_class()
 
     # upstream: deepspeed 0.19.8: has no preset for these families, and no public way to add one.
     # Remove `own_preset` of a family when: DeepSpeed has its preset.
     for family in FAMILIES.values():
         if family.own_preset is None:
             continue
-        registry._PRESET_ADAPTERS.setdefault(
-            family.model_type,
-            TransformersTopLevelRouterLogitsAdapter(
+        adapter: Any = DeepSeekV3PresetAdapter()
+        if family.returns_aux_loss:
+            adapter = TransformersTopLevelRouterLogitsAdapter(
                 display_name=family.model_type,
                 hf_model_types=(family.model_type,),
                 class_name_fragments=(family.own_preset,),
-            ),
-        )
+            )
+        registry._PRESET_ADAPTERS.setdefault(family.model_type, adapter)
+        shared = ""
+        shared_gate = ""
+        if family.shared is not None:
+            shared = family.shared.name
+            shared_gate = family.shared.gate or ""
         registry.PRESET_MODELS.setdefault(
             family.model_type,
             MoEModelPreset(
@@ -54,10 +63,40 @@ def register_presets() -> None:
                 score_apply="post",
                 route_norm=family.router.normalise is True,  # where it is a key, the model's own value overrides this
                 gate_bias=False,
+                has_shared_experts=family.shared is not None,
+                shared_experts_pattern=shared,
+                shared_experts_gate_pattern=shared_gate,
                 preset_adapter=family.model_type,
                 hf_model_types=(family.model_type,),
             ),
         )
+
+
+# upstream: deepspeed 0.19.8: keys transformers' registry of output recorders by str(class) and reads it with a default;
+# since transformers 5.23.0 it is keyed by model, and its get takes one argument (TypeError).
+# Remove when: DeepSpeed's auto_ep_presets/base.py reads the registry of 5.23.
+def name_recorders_by_class() -> None:
+    """Let transformers' registry of output recorders answer to class names too, as it did before 5.23. Idempotent."""
+    from transformers.utils import output_capturing
+
+    by_model = getattr(output_capturing, "_CanRecordRegistry", None)
+    registry = output_capturing._CAN_RECORD_REGISTRY
+    if by_model is None or type(registry) is not by_model:  # before 5.23, or done already
+        return
+
+    def set_item(self: Any, key: Any, value: Any) -> None:
+        dict.__setitem__(self, _class_name(key), value)
+
+    def get(self: Any, key: Any, default: Any = None) -> Any:
+        if isinstance(key, str):
+            return dict.get(self, key, default)
+        return dict.get(self, _class_name(key)) or {}
+
+    registry.__class__ = type("ByClassName", (by_model,), {"__setitem__": set_item, "get": get})
+
+
+def _class_name(key: Any) -> str:
+    return key if isinstance(key, str) else str(key.__class__)
 
 
 def check_replaced(model: nn.Module, family: Family, config: Mapping[str, Any], ep_size: int) -> None:

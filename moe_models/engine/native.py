@@ -26,6 +26,7 @@ from torch import nn
 from moe_models.config.layout import Layout
 from moe_models.config.moe_section import MoeLayer
 from moe_models.engine.blocks import split_gate_up
+from moe_models.engine.same_function import How, answer_of_one_rank, block_bytes, chosen, main_dtype
 from moe_models.errors import UserError
 from moe_models.families.table import Family, moe_blocks
 from moe_models.preflight.native import inexpressible
@@ -66,6 +67,12 @@ class NativeMoEBlock(nn.Module):
         for name, module in shared.items():
             self.add_module(name, module)
         self.recorder: list[torch.Tensor] | None = None
+        self.was_asked = False
+        """Whether the block that this one replaced was asked (``engine/same_function.py``)."""
+        self.answer_before: torch.Tensor | None = None
+        """What it answered, on the rank that asked it: [B, T, D]."""
+        self.asked_in: torch.dtype | None = None
+        """In which dtype."""
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]; hands the layer's balancing loss to the recorder, if there is one."""
@@ -91,10 +98,12 @@ class NativeMoEBlock(nn.Module):
         return cast(torch.Tensor, y_BTD)
 
 
-def register_deepspeed_moe(model: Any, layer: MoeLayer, family: Family) -> Any:
+def register_deepspeed_moe(model: Any, layer: MoeLayer, family: Family, check_conversion: How = "auto") -> Any:
     """Replace every MoE block of ``model`` by a native one with the same weights; call it before the engine is built.
 
     Needs the process group (without one: a single rank). A ``layer.k`` is written into the model's config.
+    ``check_conversion`` says which blocks are asked for what they compute (``engine/same_function.py``); the trainer
+    compares.
 
     Raises:
         UserError: if the layer cannot compute what the model's blocks compute, or the sizes do not fit.
@@ -116,8 +125,18 @@ def register_deepspeed_moe(model: Any, layer: MoeLayer, family: Family) -> Any:
         model.config.num_experts_per_tok = layer.k
         model.num_experts_per_tok = layer.k
     # 4. Block after block, so that no more than one is in memory twice.
-    for path, E in zip(moe_blocks(family, config), family.expert_counts(config), strict=True):
-        native = _native_block(model.get_submodule(path), model.config, layer, layout.experts_of(rank, E))
+    paths = list(moe_blocks(family, config))
+    asked = chosen(paths, [block_bytes(model.get_submodule(path)) for path in paths], check_conversion)
+    for path, E in zip(paths, family.expert_counts(config), strict=True):
+        block = model.get_submodule(path)
+        block.gate.top_k = layer.k or model.config.num_experts_per_tok
+        answer = None
+        if path in asked:
+            answer = answer_of_one_rank(block, model.config.hidden_size, asked.index(path), dtype=main_dtype(block))
+        native = _native_block(block, model.config, layer, layout.experts_of(rank, E))
+        native.was_asked = path in asked
+        native.answer_before = answer
+        native.asked_in = main_dtype(native)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, native)
     return model
@@ -159,7 +178,6 @@ def _native_block(block: nn.Module, config: Any, layer: MoeLayer, mine: range) -
         moe.mlp = block.residual_mlp
         moe.coefficient = block.coefficient
     gate = moe.deepspeed_moe.gate
-    router.top_k = k
     gate.wg = router
     # Choices made and choices dropped, in training, since take_drop_rates last read them.
     gate.routes = torch.zeros(2, dtype=torch.long, device=down_EDF.device)

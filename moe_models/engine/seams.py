@@ -221,6 +221,17 @@ SEAMS = (
         attributes=("_is_hf_initialized",),
     ),
     Seam(
+        name="transformers.utils.output_capturing:_CAN_RECORD_REGISTRY",
+        ours="engine/autoep.py",
+        lost="AutoEP cannot point the recorder of router logits at its router, and the auxiliary loss has none",
+    ),
+    Seam(
+        name="transformers.configuration_utils:PreTrainedConfig",
+        ours="trainer.py",
+        lost="an export of a model from the hub is compared with another revision of it, or with none",
+        attributes=("_commit_hash",),
+    ),
+    Seam(
         name="transformers.conversion_mapping:register_checkpoint_conversion_mapping",
         ours="prmoe.py",
         lost="experts of PR-MoE have other names on disk",
@@ -338,6 +349,11 @@ SEAMS = (
         ours="checkpoint/resume.py",
         lost="a checkpoint of another layout cannot be resumed under ZeRO-3",
         attributes=("fp32_partitioned_groups_flat", "swap_optimizer"),
+    ),
+    Seam(
+        name="deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator._invalidate_trace",
+        ours="engine/same_function.py",
+        lost="under ZeRO-3 the first step after the conversion's check fails in its backward pass",
     ),
     # --- DeepSpeed: reading checkpoints
     Seam(

@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_models.errors import UserError
 from moe_models.families.table import FAMILIES, Family, family_of
+from moe_models.families.unsupported import why_unsupported
 
 Shape = tuple[int, ...]
 
@@ -94,6 +95,9 @@ class ModelSizes:
 def known_family(config: Mapping[str, Any]) -> Family:
     """The row of a model with this ``config.json``. Raises UserError for a model that is not in the table."""
     family = family_of(config)
+    why = why_unsupported(config)
+    if why is not None:
+        raise UserError(f"config.json: model_type = {config['model_type']!r}: cannot be trained here: {why}")
     if family is None:
         raise UserError(
             f"config.json: model_type = {config.get('model_type')!r}: sizes are known for {', '.join(sorted(FAMILIES))}"
@@ -213,6 +217,9 @@ def _attention(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "o_proj.weight", (hidden, queries)
     if bias and family.attention.output_bias:
         yield "o_proj.bias", (hidden,)
+    key = family.attention.norms_key
+    if key is not None and not config.get(key, False):
+        return
     if family.attention.norms == "each head":
         yield "q_norm.weight", (head_dim,)
         yield "k_norm.weight", (head_dim,)

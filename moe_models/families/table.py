@@ -49,13 +49,30 @@ def all_layers(config: Mapping[str, Any], layer: int) -> bool:
     return True
 
 
-def after(key: str) -> LayerRule:
-    """Experts in every layer but the first ``config[key]``."""
+def after(key: str, default: int = 0) -> LayerRule:
+    """Experts in every layer but the first ``config[key]``; ``default`` of them where config.json has no such key."""
 
     def rule(config: Mapping[str, Any], layer: int) -> bool:
-        return layer >= int(config.get(key, 0))
+        return layer >= int(config.get(key, default))
 
     return rule
+
+
+def listed(key: str, otherwise: LayerRule) -> LayerRule:
+    """Experts in the layers that ``config[key]`` calls sparse; ``otherwise`` where config.json has no such list."""
+
+    def rule(config: Mapping[str, Any], layer: int) -> bool:
+        kinds = config.get(key)
+        if kinds is None:
+            return otherwise(config, layer)
+        return bool(kinds[layer] == "sparse")
+
+    return rule
+
+
+def all_but_the_first(config: Mapping[str, Any], layer: int) -> bool:
+    """Experts in every layer but the first."""
+    return layer > 0
 
 
 def every(step: str, *, but: str) -> LayerRule:
@@ -126,6 +143,8 @@ class Attention:
     """Whether the output projection then has a bias too."""
     norms: Literal["none", "each head", "all heads"] = "none"
     """RMS norms of queries and keys: none, one weight for each head's width, or one over all heads together."""
+    norms_key: str | None = None
+    """Key of config.json that turns these norms on; None: they are always there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +174,8 @@ class Family:
         default_factory=lambda: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     )
     """Hub name of each expert projection, after ``{block}.experts.{e}.`` and before ``.weight``."""
+    hub_bias: str = "gate.e_score_correction_bias"
+    """Hub name of the selection bias, after ``{block}.``; in memory it is always that of the default."""
 
     # The rest of the model
     attention: Attention = Attention()
@@ -214,6 +235,7 @@ class Family:
 
     def module_to_hub(self, name: str) -> str:
         """Hub name of a tensor that is not an expert weight."""
+        name = re.sub(r"\.mlp\.gate\.e_score_correction_bias$", f".mlp.{self.hub_bias}", name)
         if self.hub_block == "mlp":
             return name
         return re.sub(r"^(model\.layers\.\d+)\.mlp\.", rf"\1.{self.hub_block}.", name)
@@ -250,6 +272,8 @@ _MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 _DEEPSEEK_SHARED = SharedExpert(name="shared_experts", size_key="moe_intermediate_size", count_key="n_shared_experts")
 _DEEPSEEK_ATTENTION = Attention(latent=True, bias_key="attention_bias", output_bias=True)
 _ONE_ROTARY_KEY = "its latent attention shares one rotary key among all heads, whose gradient AutoTP does not sum"
+_NOT_COMPARED = "its attention was not compared with Hugging Face's there"
+_SIGMOID = "the layer has no sigmoid scores and expert groups"
 _TWO_WIDTHS = "Ulysses exchanges heads of one width, and the queries and values of latent attention have two"
 
 FAMILIES: dict[str, Family] = {
@@ -333,9 +357,80 @@ FAMILIES: dict[str, Family] = {
             fp32_scores=True,
             liger_kernels=True,
             autoep_preset="deepseek_v3",
-            no_native_layers="the layer has no sigmoid scores and expert groups",
+            no_native_layers=_SIGMOID,
             no_tensor_parallel=_ONE_ROTARY_KEY,
             no_sequence_parallel=_TWO_WIDTHS,
+        ),
+        Family(
+            model_type="glm4_moe",  # GLM-4.5 to 4.7, arXiv 2508.06471
+            num_experts_key="n_routed_experts",
+            expert_size_key="moe_intermediate_size",
+            moe_layers=after("first_k_dense_replace", default=1),
+            router=Router(score="sigmoid", normalise="norm_topk_prob"),
+            shared=_DEEPSEEK_SHARED,
+            attention=Attention(bias_key="attention_bias", norms="each head", norms_key="use_qk_norm"),
+            selection_bias=True,
+            returns_aux_loss=False,
+            fp32_scores=True,
+            autoep_preset="glm4_moe",
+            own_preset="Glm4Moe",
+            no_native_layers=_SIGMOID,
+            no_tensor_parallel=_NOT_COMPARED,
+            no_sequence_parallel=_NOT_COMPARED,
+        ),
+        Family(
+            model_type="glm4_moe_lite",  # GLM-4.7-Flash: GLM's experts, DeepSeek's attention
+            num_experts_key="n_routed_experts",
+            expert_size_key="moe_intermediate_size",
+            moe_layers=listed("mlp_layer_types", all_but_the_first),
+            router=Router(score="sigmoid", normalise="norm_topk_prob"),
+            shared=_DEEPSEEK_SHARED,
+            attention=_DEEPSEEK_ATTENTION,
+            selection_bias=True,
+            returns_aux_loss=False,
+            fp32_scores=True,
+            autoep_preset="glm4_moe_lite",
+            own_preset="Glm4MoeLite",
+            no_native_layers=_SIGMOID,
+            no_tensor_parallel=_ONE_ROTARY_KEY,
+            no_sequence_parallel=_TWO_WIDTHS,
+        ),
+        Family(
+            model_type="dots1",  # arXiv 2506.05767
+            num_experts_key="n_routed_experts",
+            expert_size_key="moe_intermediate_size",
+            moe_layers=after("first_k_dense_replace"),
+            router=Router(score="sigmoid", normalise="norm_topk_prob"),
+            shared=_DEEPSEEK_SHARED,
+            attention=Attention(bias_key="attention_bias", output_bias=True, norms="each head"),
+            selection_bias=True,
+            returns_aux_loss=False,
+            fp32_scores=True,
+            autoep_preset="dots1",
+            own_preset="Dots1",
+            no_native_layers=_SIGMOID,
+            no_tensor_parallel=_NOT_COMPARED,
+            no_sequence_parallel=_NOT_COMPARED,
+        ),
+        Family(
+            model_type="exaone_moe",  # K-EXAONE, arXiv 2601.01739
+            num_experts_key="num_experts",
+            expert_size_key="moe_intermediate_size",
+            moe_layers=listed("mlp_layer_types", after("first_k_dense_replace", default=1)),
+            router=Router(score="sigmoid", normalise="norm_topk_prob"),
+            shared=SharedExpert(
+                name="shared_experts", size_key="moe_intermediate_size", count_key="num_shared_experts"
+            ),
+            attention=Attention(norms="each head"),
+            hub_bias="e_score_correction_bias",
+            selection_bias=True,
+            returns_aux_loss=False,
+            fp32_scores=True,
+            autoep_preset="exaone_moe",
+            own_preset="ExaoneMoe",
+            no_native_layers=_SIGMOID,
+            no_tensor_parallel=_NOT_COMPARED,
+            no_sequence_parallel=_NOT_COMPARED,
         ),
         Family(
             model_type="prmoe",  # arXiv 2201.05596; ours: moe_models/prmoe.py registers it with transformers

@@ -30,6 +30,50 @@ def zero_problems(ds: DsConfig) -> Iterator[str]:
         yield 'gradient_allreduce_op = "sum": not supported with ZeRO stage 3; remove the key'
 
 
+def optimizer_problems(ds: DsConfig) -> Iterator[str]:
+    """Optimizers that DeepSpeed runs as something else in this layout, or cannot run."""
+    section = ds.raw.get("optimizer")
+    name = section.get("type") if isinstance(section, dict) else None
+    if not isinstance(name, str):
+        return
+    key = f"optimizer.type = {show(name)}"
+    if name.lower() in _NEED_BASE_SHAPES:
+        yield f"{key}: needs the base shapes of the package mup, which nothing here sets; use AdamW"
+    if name.lower() != "muon":
+        return
+    clip = ds.raw.get("gradient_clipping", DEEPSPEED_CLIPS_AT)
+    if ds.zero_stage > 0 and clip not in (0, "auto"):
+        yield muon_clips(f"gradient_clipping = {show(clip)}", "write gradient_clipping 0")
+    if ds.zero_stage == 3 and ds.zero("reduce_scatter", True):
+        yield (
+            f"{key} with zero_optimization.stage = 3: DeepSpeed needs zero_optimization.reduce_scatter = false there; "
+            "set it, or set stage to 1 or 2"
+        )
+    if ds.tp_size > 1:
+        yield (
+            f"{key} with tensor_parallel.autotp_size = {ds.tp_size}: each peer would orthogonalise its shard of a "
+            "matrix instead of the matrix; use AdamW, or set autotp_size to 1"
+        )
+
+
+def muon_clips(setting: str, fix: str) -> str:
+    """The line for Muon with clipping, which the JSON or a flag may ask for.
+
+    deepspeed 0.19.8 at ZeRO 1, 2 and 3: the clipped "gradients" are Muon's orthogonal updates, whose norm grows with
+    the number and the rank of the matrices. ``tests/training/test_muon.py`` shows it.
+    """
+    return (
+        f'optimizer.type = "Muon" with {setting}: at ZeRO stage 1 to 3 DeepSpeed clips the updates instead of the '
+        f"gradients, which divides the learning rate by their norm; {fix}, or use AdamW"
+    )
+
+
+DEEPSPEED_CLIPS_AT = 1.0
+"""What DeepSpeed does without ``gradient_clipping``."""
+
+_NEED_BASE_SHAPES = ("muadam", "muadamw", "musgd")
+
+
 def autoep_zero_problems(ds: DsConfig) -> Iterator[str]:
     """AutoEP with each ZeRO stage, and with the optimizer."""
     stage = ds.zero_stage

@@ -13,6 +13,7 @@ from moe_models.config.expert_parallel import ExpertParallel
 from moe_models.config.layout import divisors
 from moe_models.errors import show
 from moe_models.families.table import FAMILIES, family_of, moe_blocks
+from moe_models.families.unsupported import why_unsupported
 
 _EXPERT_COUNT_KEYS = {family.num_experts_key for family in FAMILIES.values()} | {"moe_num_experts", "num_moe_experts"}
 """Keys by which a config.json of an unknown family says that it has experts."""
@@ -33,7 +34,8 @@ def autoep_model_problems(experts: ExpertParallel, config: Mapping[str, Any], wo
     model_type = config.get("model_type")
     family = family_of(config)
     if family is None:
-        yield _unknown_family(config)
+        if why_unsupported(config) is None:  # those have their line
+            yield _unknown_family(config)
         return
     if family.no_autoep is not None:
         yield (

@@ -15,6 +15,7 @@ from moe_models.config.ds_config import DsConfig
 from moe_models.families.config_json import HUB_ID
 from moe_models.files import parse_size
 from moe_models.preflight.adapters import adapter_problems
+from moe_models.preflight.combinations import muon_clips
 from moe_models.preflight.liger import cannot_run, no_kernels
 from moe_models.preflight.sequence_parallel import sequence_parallel_flags
 from moe_models.preflight.torch_compile import compile_problems
@@ -49,6 +50,7 @@ def flag_problems(given: Any, model_config: Mapping[str, Any], ds: DsConfig | No
         coefficient = model_config.get("router_aux_loss_coef")
     yield from reentrant_problems(given, bool(coefficient))
     yield from _precision_problems(given, ds)
+    yield from muon_flag_problems(given, ds)
     if given.dataset_streaming and given.max_steps <= 0:
         yield "--dataset_streaming: the number of rows is not known then; set --max_steps"
     if given.dataset_streaming and ds is not None and ds.tp_size * ds.sp_size > 1:
@@ -60,6 +62,15 @@ def flag_problems(given: Any, model_config: Mapping[str, Any], ds: DsConfig | No
         parse_size(given.export_max_shard_size)
     except ValueError as error:
         yield f"--export_max_shard_size {error}"
+
+
+def muon_flag_problems(given: Any, ds: DsConfig | None) -> Iterator[str]:
+    """``--max_grad_norm`` that DeepSpeed would apply to Muon's updates."""
+    if ds is None or ds.zero_stage == 0 or ds.raw.get("gradient_clipping") != "auto" or not given.max_grad_norm:
+        return
+    optimizer = ds.raw.get("optimizer")
+    if isinstance(optimizer, dict) and str(optimizer.get("type")).lower() == "muon":
+        yield muon_clips(f"--max_grad_norm {given.max_grad_norm:g}", "give --max_grad_norm 0")
 
 
 REPORTERS = {

@@ -16,6 +16,7 @@ from moe_models.config.layout import divisors
 from moe_models.config.moe_section import MoeLayer
 from moe_models.errors import show
 from moe_models.families.table import FAMILIES, Family, family_of
+from moe_models.families.unsupported import why_unsupported
 from moe_models.preflight.combinations import data_before_experts
 
 _INSTEAD = "use expert_parallel instead (ds_configs/zero1_ep2.json and its siblings), or remove moe.layer"
@@ -97,6 +98,8 @@ def _model_problems(layer: MoeLayer, config: Mapping[str, Any], world_size: int)
     """A model that native layers do not know, and experts that ``ep_size`` does not divide."""
     family = family_of(config)
     if family is None:
+        if why_unsupported(config) is not None:  # it has its line
+            return
         yield (
             f"model_type = {show(config.get('model_type'))}: moe.layer knows {', '.join(sorted(FAMILIES))}; make a MoE "
             "of a dense model first (recipes/upcycle.py), or remove moe.layer (ds_configs/zero3.json)"

@@ -18,8 +18,14 @@ from moe_models.config.ds_config import DsConfig
 from moe_models.config.layout import size_problems
 from moe_models.errors import show
 from moe_models.families.table import FAMILIES, family_of
+from moe_models.families.unsupported import why_unsupported
 from moe_models.preflight.balance import balance_problems
-from moe_models.preflight.combinations import autoep_combination_problems, autoep_zero_problems, zero_problems
+from moe_models.preflight.combinations import (
+    autoep_combination_problems,
+    autoep_zero_problems,
+    optimizer_problems,
+    zero_problems,
+)
 from moe_models.preflight.expert_parallel import autoep_model_problems
 from moe_models.preflight.fused import fused_problems
 from moe_models.preflight.native import check_native
@@ -47,12 +53,19 @@ def check_run(ds: DsConfig, model_config: Mapping[str, Any], world_size: int) ->
 
     # 2. What holds however the experts are laid out.
     problems += zero_problems(ds)
+    problems += optimizer_problems(ds)
     problems += balance_problems(ds, model_config)
     problems += tensor_parallel_problems(ds, model_config)
     problems += sequence_parallel_problems(ds, model_config)
 
     # 3. The experts: plain Hugging Face blocks, AutoEP's, or native layers.
-    if not ds.spreads_experts and family_of(model_config) is None:
+    why = why_unsupported(model_config)
+    if why is not None:
+        problems.append(
+            f"model_type = {show(model_config['model_type'])}: cannot be trained here: {why}; use one of "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    elif not ds.spreads_experts and family_of(model_config) is None:
         problems.append(
             f"model_type = {show(model_config.get('model_type'))}: known are {', '.join(sorted(FAMILIES))}; turn a "
             "dense model into one of them with recipes/upcycle.py"

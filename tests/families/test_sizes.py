@@ -15,7 +15,11 @@ from tests.support.tiny import TINY
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((model_type, TINY[model_type]) for model_type in sorted(TINY)),
-    *((model_type, {}) for model_type in sorted(TINY)),  # the class's own defaults: the size of a released model
+    # The class's own defaults: the size of a released model. dots1's has no number of experts.
+    *((model_type, {}) for model_type in sorted(set(TINY) - {"dots1"})),
+    ("glm4_moe", {**TINY["glm4_moe"], "use_qk_norm": False, "attention_bias": False}),
+    ("dots1", {**TINY["dots1"], "attention_bias": True}),
+    ("exaone_moe", {**TINY["exaone_moe"], "mlp_layer_types": None, "first_k_dense_replace": 0}),
     ("mixtral", {**TINY["mixtral"], "head_dim": 6, "tie_word_embeddings": True}),
     ("qwen2_moe", {**TINY["qwen2_moe"], "qkv_bias": False, "decoder_sparse_step": 2}),
     ("qwen3_moe", {**TINY["qwen3_moe"], "attention_bias": True}),
@@ -56,6 +60,57 @@ def test_mixtral_8x7b() -> None:
     sizes = model_sizes({**config, "num_hidden_layers": 32})
     assert round((sizes.dense_params + sizes.expert_params) / 1e9, 1) == 46.7
     assert round(sizes.active_params / 1e9, 1) == 12.9
+
+
+_GLM: dict[str, Any] = {
+    "model_type": "glm4_moe", "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 10944,
+    "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128,
+    "moe_intermediate_size": 1408, "num_experts_per_tok": 8, "n_shared_experts": 1, "n_routed_experts": 128,
+    "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("billions", "config"),
+    [
+        (106, _GLM),  # GLM-4.5-Air
+        (
+            355,  # GLM-4.5
+            {
+                **_GLM, "hidden_size": 5120, "intermediate_size": 12288, "num_hidden_layers": 92, "use_qk_norm": True,
+                "moe_intermediate_size": 1536, "n_routed_experts": 160, "first_k_dense_replace": 3,
+            },
+        ),
+        (
+            30,  # GLM-4.7-Flash
+            {
+                **_GLM, "model_type": "glm4_moe_lite", "vocab_size": 154880, "hidden_size": 2048,
+                "intermediate_size": 10240, "moe_intermediate_size": 1536, "num_hidden_layers": 47,
+                "num_attention_heads": 20, "n_routed_experts": 64, "num_experts_per_tok": 4, "kv_lora_rank": 512,
+                "q_lora_rank": 768, "qk_rope_head_dim": 64, "qk_nope_head_dim": 192, "v_head_dim": 256,
+                "attention_bias": False,
+            },
+        ),
+        (
+            142,  # dots.llm1
+            {
+                **_GLM, "model_type": "dots1", "vocab_size": 152064, "num_hidden_layers": 62, "attention_bias": False,
+                "num_attention_heads": 32, "num_key_value_heads": 32, "n_shared_experts": 2, "num_experts_per_tok": 6,
+            },
+        ),
+        (
+            236,  # K-EXAONE
+            {
+                **_GLM, "model_type": "exaone_moe", "vocab_size": 153600, "hidden_size": 6144,
+                "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 48,
+                "num_attention_heads": 64, "num_shared_experts": 1, "num_experts": 128,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_released_models_have_their_published_size(billions: int, config: dict[str, Any]) -> None:
+    sizes = model_sizes(config)
+    assert (sizes.dense_params + sizes.expert_params) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 def test_what_cannot_be_read() -> None:

@@ -256,3 +256,53 @@ def test_presets_of_the_two_kinds_of_parallelism_must_agree(ds: Any) -> None:
 def test_batch_size_counts_tensor_parallel_peers_once(ds: Any) -> None:
     batch = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     assert check_run(ds({}, tensor_parallel=TP, **batch), MIXTRAL, 4) == []
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "zero", "other", "words"),
+    [
+        ("Muon", {"stage": 1}, {}, 'optimizer.type = "Muon" with gradient_clipping = 1.0: at ZeRO stage 1 to 3 Deep'),
+        ("muon", {"stage": 2}, {"gradient_clipping": 0.5}, 'optimizer.type = "Muon" with gradient_clipping = 0.5: at'),
+        (
+            "muon",
+            {"stage": 3},
+            {"gradient_clipping": 0},
+            'optimizer.type = "muon" with zero_optimization.stage = 3: DeepSpeed needs zero_',
+        ),
+        (
+            "Muon",
+            {"stage": 1},
+            {"gradient_clipping": 0, "tensor_parallel": {"autotp_size": 2}},
+            'optimizer.type = "Muon" with tensor_parallel',
+        ),
+        ("MuAdamW", {"stage": 1}, {}, 'optimizer.type = "MuAdamW": needs the base shapes of the package mup'),
+    ],
+)
+def test_optimizers_that_deepspeed_runs_as_something_else(
+    ds: Any, optimizer: str, zero: dict[str, Any], other: dict[str, Any], words: str
+) -> None:
+    config = ds(None, zero, optimizer={"type": optimizer, "params": {"lr": 1e-3}}, **other)
+    lines = [line for line in check_run(config, MIXTRAL, 2) if line.startswith("optimizer.type")]
+    assert one(lines).startswith(words)
+
+
+def test_muon_where_deepspeed_runs_muon(ds: Any) -> None:
+    muon = {"type": "Muon", "params": {"lr": 1e-3}}
+    for zero in ({"stage": 1}, {"stage": 2}, {"stage": 3, "reduce_scatter": False}):
+        for clip in (0, "auto"):
+            assert check_run(ds(None, zero, optimizer=muon, gradient_clipping=clip), MIXTRAL, 2) == []
+    assert check_run(ds(None, {"stage": 0}, optimizer=muon), MIXTRAL, 2) == []
+
+
+def test_the_flag_that_clips_muon(ds: Any) -> None:
+    """``"auto"`` takes --max_grad_norm, which is 1.0 by default."""
+    from types import SimpleNamespace
+
+    from moe_models.preflight.flags import muon_flag_problems
+
+    muon = {"type": "Muon", "params": {"lr": 1e-3}}
+    config = ds({}, {"stage": 1}, optimizer=muon, gradient_clipping="auto")
+    line = one(list(muon_flag_problems(SimpleNamespace(max_grad_norm=1.0), config)))
+    assert line.startswith('optimizer.type = "Muon" with --max_grad_norm 1: at ZeRO stage 1 to 3 DeepSpeed clips the ')
+    assert not list(muon_flag_problems(SimpleNamespace(max_grad_norm=0.0), config))
+    assert not list(muon_flag_problems(SimpleNamespace(max_grad_norm=1.0), ds({}, gradient_clipping="auto")))

@@ -147,7 +147,10 @@ MODELS: list[tuple[dict[str, Any], str]] = [
         "1 expert per token with normalised weights (always 1): the layer weighs a single expert by its probability; ",
     ),
     ({**MIXTRAL, "router_jitter_noise": 0.1}, "router_jitter_noise = 0.1: the layer's noise is another one; set it to"),
-    ({"model_type": "llama"}, 'model_type = "llama": moe.layer knows deepseek_v2, deepseek_v3, mixtral, olmoe, '),
+    (
+        {"model_type": "llama"},
+        'model_type = "llama": moe.layer knows deepseek_v2, deepseek_v3, dots1, exaone_moe, glm4_moe, ',
+    ),
     ({**MIXTRAL, "num_local_experts": None}, "num_local_experts and num_experts_per_tok must be whole numbers"),
 ]
 

@@ -10,6 +10,10 @@ import pytest
 
 from moe_models import versions
 from moe_models.config.ds_config import DsConfig, load_ds_config
+from moe_models.errors import UserError
+from moe_models.families.sizes import known_family
+from moe_models.families.table import FAMILIES
+from moe_models.families.unsupported import UNSUPPORTED
 from moe_models.preflight.run import check_run
 from tests.support.tiny import TINY
 
@@ -83,12 +87,27 @@ def test_dense_model(ds: Any) -> None:
     )
     assert "recipes/upcycle.py" in line
     line = one(check_run(ds(None), {"model_type": "llama"}, 2))
-    assert line.startswith('model_type = "llama": known are deepseek_v2, deepseek_v3, mixtral, ')
+    assert line.startswith('model_type = "llama": known are deepseek_v2, deepseek_v3, dots1, ')
 
 
 def test_unknown_family(ds: Any) -> None:
-    line = one(check_run(ds({}), {"model_type": "gpt_oss", "num_local_experts": 32}, 2))
-    assert line.startswith('model_type = "gpt_oss": expert_parallel knows deepseek_v2, deepseek_v3, mixtral, olmoe, ')
+    line = one(check_run(ds({}), {"model_type": "jetmoe", "num_local_experts": 32}, 2))
+    assert line.startswith(
+        'model_type = "jetmoe": expert_parallel knows deepseek_v2, deepseek_v3, dots1, exaone_moe, glm4_moe, '
+    )
+
+
+@pytest.mark.parametrize("model_type", UNSUPPORTED)
+def test_families_that_would_be_wrong_are_refused_by_name(ds: Any, model_type: str) -> None:
+    """One line with the reason, whatever the layout; and so say the planner and the trainer's table."""
+    config = {"model_type": model_type, "num_local_experts": 32}
+    assert model_type not in FAMILIES
+    native_layers = ds(None, moe={"layer": {}})
+    for layout in (ds({}), ds(None), native_layers):
+        line = one(check_run(layout, config, 2))
+        assert line.startswith(f'model_type = "{model_type}": cannot be trained here: {UNSUPPORTED[model_type]}; use ')
+    with pytest.raises(UserError, match="cannot be trained here"):
+        known_family(config)
 
 
 def test_broken_model_config(ds: Any) -> None:

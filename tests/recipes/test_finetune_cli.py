@@ -116,13 +116,15 @@ LAYOUT_CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], str]] = {
     ),
     "unknown family": (
         {}, 2, {"model_type": "jamba"},
-        'model_type = "jamba": expert_parallel knows deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe; '
+        'model_type = "jamba": expert_parallel knows deepseek_v2, deepseek_v3, dots1, exaone_moe, glm4_moe, '
+        'glm4_moe_lite, mixtral, olmoe, qwen2_moe, qwen3_moe; '
         "for another MoE family add a row to moe_models/families/table.py, or remove expert_parallel "
         "(ds_configs/zero3.json)",
     ),
     "unknown family without expert parallelism": (
         {"expert_parallel": None}, 2, {"model_type": "llama"},
-        'model_type = "llama": known are deepseek_v2, deepseek_v3, mixtral, olmoe, prmoe, qwen2_moe, qwen3_moe; turn '
+        'model_type = "llama": known are deepseek_v2, deepseek_v3, dots1, exaone_moe, glm4_moe, glm4_moe_lite, '
+        'mixtral, olmoe, prmoe, qwen2_moe, qwen3_moe; turn '
         "a dense model into one of them with recipes/upcycle.py",
     ),
     "unfilled auto": (

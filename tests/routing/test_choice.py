@@ -54,3 +54,34 @@ def test_layers_that_differ_are_not_pooled() -> None:
 def test_two_ways_at_once_are_refused() -> None:
     with pytest.raises(ValueError, match="are two ways to balance the experts"):
         choose_balancing(**{**ALONE, "balance": OURS, "native_layers_balance": True})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "auxiliary loss: 0.02 (WHO), over all layers together, the tokens of a micro-batch (the model's own)"),
+        ({"coefficient": 0.0, "model_has_loss": False}, "auxiliary loss: none, its coefficient is 0 (WHO)"),
+        ({"model_has_loss": False}, "auxiliary loss: none, the model returns none (output_router_logits)"),
+        (
+            {"balance": OURS},
+            "auxiliary loss: 0.5 (moe.balance.aux_loss_coef of the JSON), over all layers together, the tokens of a "
+            "micro-batch (moe.balance)",
+        ),
+        (
+            {"balance": Balance.model_validate({"per_layer": True, "scope": "global_batch", "z_loss_coef": 0.1})},
+            "auxiliary loss: 0.02 (WHO), over each layer by itself, the tokens of all ranks (moe.balance); router "
+            "z-loss 0.1",
+        ),
+        (
+            {"coefficient": 0.0, "balance": Balance.model_validate({"bias_update_rate": 0.001})},
+            "auxiliary loss: none, its coefficient is 0 (WHO); selection bias moved by 0.001 a step",
+        ),
+        (
+            {"native_layers_balance": True},
+            "auxiliary loss: 0.02 (WHO), over each layer by itself, the tokens of a micro-batch (l_aux of DeepSpeed's "
+            "layers)",
+        ),
+    ],
+)
+def test_what_the_first_lines_say(given: dict[str, Any], words: str) -> None:
+    assert choose_balancing(**{**ALONE, **given}).describe("WHO") == words

@@ -145,7 +145,16 @@ def test_counters_equal_a_recount(
     check(clusters(world_size), source, "mixtral", tmp_path, stage, ep_size, accumulation, checkpointing)
 
 
-@pytest.mark.parametrize("model_type", sorted(set(TINY) - {"mixtral"}))
+LIKE_DEEPSEEK = {"dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite"}
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *sorted(set(TINY) - LIKE_DEEPSEEK - {"mixtral"}),
+        *(pytest.param(name, marks=pytest.mark.conformance) for name in sorted(LIKE_DEEPSEEK)),
+    ],
+)
 @pytest.mark.parametrize("ep_size", [pytest.param(None, marks=pytest.mark.conformance), 2])
 def test_every_family(
     model_type: str, ep_size: int | None, clusters: Callable[[int], Cluster], tiny_checkpoints: Any, tmp_path: Path

@@ -77,7 +77,7 @@ def tokenizer() -> Any:
 def build_trainer(
     source: str, output_dir: str, config: dict[str, Any], *, accumulation: int = 1, model: Any = None,
     trainer_class: Any = None, train_rows: Any = None, eval_rows: Any = None,
-    balance: dict[str, Any] | None = None, **options: Any,
+    balance: dict[str, Any] | None = None, check_conversion: str = "auto", **options: Any,
 ) -> Any:  # fmt: skip
     """A MoETrainer on this rank, as recipes/finetune.py builds it, that records the batches it consumes."""
     import torch
@@ -140,6 +140,7 @@ def build_trainer(
         balance=None if balance is None else Balance(**balance),
         kernels=moe.get("kernels", "deepspeed"),
         dispatch=moe.get("dispatch", "auto"),
+        check_conversion=check_conversion,
     )
     trainer.batches = []
     return trainer

@@ -122,7 +122,8 @@ def build(folder: str, layout: dict[str, Any], ordinary: bool, peak: Any = None)
     restore_rotary_buffers(model)
     register_presets()
     if ds.moe.layer is not None:
-        model = register_deepspeed_moe(model, ds.moe.layer, FAMILIES[model.config.model_type])
+        # The check of the conversion reads one block at a time once more, and computes with it: not measured here.
+        model = register_deepspeed_moe(model, ds.moe.layer, FAMILIES[model.config.model_type], "none")
     parameters: Any = [{"params": list(model.parameters()), "name": "all"}]
     if ds.moe.layer is not None:
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer

@@ -33,6 +33,12 @@ _MLA = {
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
 }
+_SIGMOID = {
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+}
 TINY: dict[str, dict[str, Any]] = {
     "mixtral": {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02},
     "qwen2_moe": {
@@ -65,6 +71,51 @@ TINY: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "routed_scaling_factor": 2.5,
         "norm_topk_prob": True,
+    },
+    "glm4_moe": {
+        **_BASE,
+        **_SIGMOID,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "head_dim": 8,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+    },
+    "glm4_moe_lite": {
+        **_BASE,
+        **_MLA,
+        "q_lora_rank": 24,
+        "mlp_layer_types": ["dense", "sparse"],
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.8,
+        "norm_topk_prob": True,
+    },
+    "dots1": {
+        **_BASE,
+        **_SIGMOID,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+    "exaone_moe": {
+        **_BASE,
+        **_SIGMOID,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "head_dim": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
     },
 }
 

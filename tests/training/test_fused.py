@@ -197,12 +197,12 @@ FAULTS = {
 
 
 def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """`parity.train_case` on a rank whose fused layers have a fault."""
+    """`parity.train_case` on a rank whose fused layers have a fault, which no check of the conversion looks for."""
     from moe_models.engine.fused import rows
 
     name, wrong = FAULTS[fault]
     with parity.planted(rows, name, partial(wrong, getattr(rows, name))):
-        return parity.train_case(*args, **kwargs)
+        return parity.train_case(*args, check_conversion="none", **kwargs)
 
 
 @pytest.mark.parametrize("fault", parity.daily([(name,) for name in FAULTS], {0}))
