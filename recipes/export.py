@@ -202,7 +202,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str, s
     # 3. Write, with a model card. A selection bias that the architecture has no place for goes into a file of its own.
     bias_left_out = (checkpoint / BIAS_FILE).exists() and not family.selection_bias
 
-    def add_files(staged: Path) -> None:
+    def finish(staged: Path) -> None:
         if origin is not None:
             comparisons.append(compare(staged, origin))
         if bias_left_out:
@@ -219,7 +219,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str, s
                 output_dir,
                 companions=checkpoint,
                 max_shard_bytes=max_shard_bytes,
-                before_rename=add_files,
+                before_rename=finish,
                 origin=origin,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
