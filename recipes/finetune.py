@@ -385,7 +385,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         "held-out loss": " -> ".join(f"{loss:.4f}" for loss in held_out),
         kind: f"{summary['checkpoint']}  (reloaded: {reloaded}, logits within "
         f"{proof['max_logit_difference']:.1e} of the trained model's, same top token at {proof['same_top1']:.0%})",
-        "source": str(Comparison(**summary["source"])) if summary["source"] else "",
+        "source": str(Comparison(**summary["source"])) if summary.get("source") else "",
     }
     if "merged" in summary:
         proof = summary["merged"]["verified"]

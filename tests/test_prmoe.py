@@ -192,7 +192,7 @@ def train_without_bias(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
     native.register_deepspeed_moe = wrong
     try:
-        return parity.train_case(*args, **kwargs)
+        return parity.train_case(*args, check_conversion="none", **kwargs)  # which would see it before the first step
     finally:
         native.register_deepspeed_moe = right
 

@@ -14,7 +14,9 @@ the first step each block is asked twice, with the same hidden states: as it cam
 
 A token whose two best experts nearly tie may take the other one when sums are rounded differently. Each token is
 therefore asked several times, with hidden states that differ by a rounding error. Where the answers before the
-conversion differ by more than the tolerance, the token is left out. All others must agree, and not only on average.
+conversion differ by more than the tolerance, the token is left out. In fp32 all others must agree, and not only on
+average. In 16 bit a router is coarse: a few tokens tie by its rounding alone, and keep their side of the tie under small
+errors. There three quarters of the others must agree. What is wrong in a block moves nearly all of its tokens.
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ MOST_BYTES = 32 * 10**9
 
 PROBE_SHAPE = (5, 128)
 """Each of 128 tokens as it is, and with four rounding errors of its hidden states; enough to reach most experts."""
+
+STRAYS = 1 / 4
+"""Share of the steady tokens that may answer differently where products are rounded to 16 bit or TF32: hidden ties."""
 
 STEADY_SHARE = 1 / 8
 """With fewer steady tokens a block is not judged: its router cannot decide."""
@@ -247,7 +252,7 @@ class SameFunction:
     judged: int
     """Blocks with enough steady tokens."""
     difference: float
-    """The largest one of a steady token, relative to its answer."""
+    """The largest one of a steady token that counts, relative to its answer."""
     allowed: float
     seconds: float
 
@@ -290,8 +295,9 @@ def require_same_function(engine: Any, question: Question, conversion: str) -> S
     largest = 0.0
     judged = 0
     allowed = tolerance(module)
+    strays = STRAYS if allowed > TOLERANCE[torch.float32] else 0.0
     for path in converted:
-        difference = departure(answers[path], converted[path], allowed)
+        difference = departure(answers[path], converted[path], allowed, strays)
         if difference is None:
             continue
         judged += 1
@@ -421,8 +427,11 @@ def tolerance(module: nn.Module) -> float:
     return TOLERANCE[parameter.dtype]
 
 
-def departure(before_BTD: torch.Tensor, after_BTD: torch.Tensor, allowed: float) -> float | None:
-    """The largest difference of a steady token, relative to its answer; None where too few tokens are steady."""
+def departure(before_BTD: torch.Tensor, after_BTD: torch.Tensor, allowed: float, strays: float = 0.0) -> float | None:
+    """The largest difference of a steady token, relative to its answer; None where too few tokens are steady.
+
+    ``strays`` is the share of the steady tokens, those that differ most, that do not count.
+    """
     size_T = before_BTD[0].abs().amax(-1).clamp_min(1e-20)
     # 1. Tokens whose answer does not hang on a rounding error.
     spread_T = (before_BTD - before_BTD[0]).abs().amax(-1).amax(0) / size_T
@@ -431,7 +440,10 @@ def departure(before_BTD: torch.Tensor, after_BTD: torch.Tensor, allowed: float)
         return None
     # 2. Those must have the same answer.
     difference_T = (after_BTD - before_BTD).abs().amax(-1).amax(0) / size_T
-    return difference_T[steady_T].max().item()
+    differences = difference_T[steady_T].sort().values  # NaN comes last
+    if differences[-1].isnan():
+        return float("nan")
+    return differences[-1 - int(strays * len(differences))].item()
 
 
 def report(compared: SameFunction | None) -> None:

@@ -191,7 +191,7 @@ def _judge(reports: list[Any]) -> dict[str, Any]:
     """What is wrong or differs, with the names and addresses of all nodes in the order of their node ranks."""
     nodes = [
         Report(report["index"], report["name"], report["address"], report["facts"], tuple(report["problems"]))
-        for report in sorted(reports, key=lambda report: report["index"])
+        for report in sorted(reports, key=lambda report: (report["index"], report["name"]))
     ]
     problems = differences(nodes)
     for earlier, later in itertools.pairwise(nodes):

@@ -58,7 +58,7 @@ def flags(model: Path, data: Path, preset: str, out: Path, world_size: int = 2, 
 
 def names(folder: Path) -> list[str]:
     """What lies in an output folder beside the log of expert load (which native layers do not write)."""
-    return sorted({path.name for path in folder.iterdir()} - {"expert_load.jsonl"})
+    return sorted({path.name for path in folder.iterdir()} - {"expert_load.jsonl", "log.jsonl"})
 
 
 def files(folder: Path) -> set[str]:

@@ -327,6 +327,9 @@ def test_a_token_that_ties_is_left_out_and_no_other() -> None:
     assert same_function.departure(before, after, 5e-2) == 0.0
     after[:, 1] = 1.1
     assert same_function.departure(before, after, 5e-2) == pytest.approx(0.1)
+    assert same_function.departure(before, after, 5e-2, same_function.STRAYS) == 0.0
+    after[:, 1:5] = 1.1  # four of fifteen
+    assert same_function.departure(before, after, 5e-2, same_function.STRAYS) == pytest.approx(0.1)
     after[:, 1] = float("nan")
     assert not same_function.departure(before, after, 5e-2) <= 5e-2  # type: ignore[operator]
     before[3] = -1.0

@@ -47,9 +47,9 @@ def test_success(run_dirs: list[Path], tmp_path: Path) -> None:
         "recipes/export.py", "--checkpoint", run_dirs[1] / "checkpoint-2", "--output_dir", tmp_path / "hf"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == (
-        f"{tmp_path / 'hf'}: 0.00 GB, torch.float32, complete; load it with from_pretrained"
-    )
+    *_, written, compared = done.stdout.strip().splitlines()
+    assert written == f"{tmp_path / 'hf'}: 0.00 GB, torch.float32, complete; load it with from_pretrained"
+    assert compared == "source: 41 of 41 tensors changed"
     offline, live = files_of(tmp_path / "hf"), files_of(run_dirs[1] / "model")
     assert apart_from_measured(offline) == apart_from_measured(live)
     assert b"Not compared with a running model" in offline["README.md"]

@@ -22,8 +22,12 @@ import os, sys, time
 from pathlib import Path
 from moe_models.held import hold, let_go
 hold(Path(sys.argv[1]))
-if "fork" in sys.argv and os.fork() == 0:
-    time.sleep(60)
+if "fork" in sys.argv:
+    told, tell = os.pipe()
+    if os.fork() == 0:
+        os.write(tell, b".")  # here it has let go of the lock
+        time.sleep(60)
+    os.read(told, 1)
 print("held", flush=True)
 sys.stdin.readline()
 let_go()

@@ -132,7 +132,7 @@ def build_trainer(
         from moe_models.engine.native import register_deepspeed_moe
         from moe_models.families.table import FAMILIES
 
-        register_deepspeed_moe(model, MoeLayer(**moe["layer"]), FAMILIES[model.config.model_type])
+        register_deepspeed_moe(model, MoeLayer(**moe["layer"]), FAMILIES[model.config.model_type], check_conversion)
     trainer = RecordingTrainer(
         model=model,
         args=args,

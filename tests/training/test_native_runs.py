@@ -89,7 +89,7 @@ def train_with_fault(fault: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         FAULTS[2]: (Layout, "experts_of", lambda self, rank, count: range(count // self.ep_size)),
     }[fault]
     with parity.planted(owner, name, wrong):
-        return parity.train_case(*args, **kwargs)
+        return parity.train_case(*args, check_conversion="none", **kwargs)  # which sees the last before the first step
 
 
 @pytest.mark.parametrize("fault", FAULTS)
