@@ -15,8 +15,8 @@ the first step each block is asked twice, with the same hidden states: as it cam
 A token whose two best experts nearly tie may take the other one when sums are rounded differently. Each token is
 therefore asked several times, with hidden states that differ by a rounding error. Where the answers before the
 conversion differ by more than the tolerance, the token is left out. In fp32 all others must agree, and not only on
-average. In 16 bit a router is coarse: a few tokens tie by its rounding alone, and keep their side of the tie under small
-errors. There three quarters of the others must agree. What is wrong in a block moves nearly all of its tokens.
+average. In 16 bit a router is coarse: a few tokens tie by its rounding alone, and keep their side of the tie under
+small errors. There three quarters of the others must agree. What is wrong in a block moves nearly all of its tokens.
 """
 
 from __future__ import annotations
