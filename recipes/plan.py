@@ -129,7 +129,8 @@ def write_page(request: Request, plans: list[Plan], arguments: argparse.Namespac
     from moe_models.report.text import visible
 
     name = visible(str(arguments.model_name_or_path))
-    data = plan_data(request, plans, arguments.gpus_per_node, name)
+    run = (arguments.dataset_tokens, arguments.price_per_gpu_hour)
+    data = plan_data(request, plans, arguments.gpus_per_node, name, *run)
     write(arguments.html, assemble(data, f"Plan of {name}", PLAN))
 
 

@@ -66,6 +66,16 @@ function amount(bytes) {
   return `${bytes} B`;
 }
 
+/** Hours of the run and what they cost, where its tokens and the price are known. */
+function runOf(plan) {
+  const { tokens, price } = data.run;
+  if (!tokens) return "";
+  const gpuHours = tokens / plan.each / 3600;
+  const hours = gpuHours / data.axes.gpus[plan.gpus];
+  const cost = price ? `, ${whole.format(Math.round(gpuHours * price))}` : "";
+  return `${hours < 10 ? hours.toFixed(1) : whole.format(Math.round(hours))} hours${cost}`;
+}
+
 function seconds(time) {
   return time >= 0.0995 ? `${time.toFixed(2)} s` : `${(1e3 * time).toFixed(1)} ms`;
 }

@@ -5,7 +5,9 @@ function start() {
   const trained = adapter ? `; an adapter of rank ${adapter} is trained` : "";
   $("about").textContent = `${model} (${model_type}): ${billions.toPrecision(3)} billion parameters, ${experts} experts in a layer, ${top_k} for each token${trained}. ${device}, ${data.per_node} in a node.`;
   const off = `Predicted, not measured. The memory was off by up to ${percent(data.error)} where it was compared with runs: a layout is tight where it fits only if the prediction is right.`;
-  const notes = [off, ...measured.map((line) => `calibrated by: ${line}`)];
+  const { tokens, price } = data.run;
+  const run = tokens ? [`The run has ${(tokens / 1e9).toPrecision(3)} billion tokens${price ? `, a GPU hour costs ${price}` : ""}. Its steps alone are counted.`] : [];
+  const notes = [off, ...run, ...measured.map((line) => `calibrated by: ${line}`)];
   $("notes").replaceChildren(...notes.map((note) => html("li", { dir: "auto" }, note)));
   $("notes").hidden = false;
   for (const axis of AXES) {
@@ -99,7 +101,7 @@ function drawLayouts(plans) {
     bars.insertBefore(bars.children[2], time);
     return html("label", { class: `layout${plan.verdict === 2 ? " not" : ""}` }, input,
       html("strong", {}, data.layouts[plan.layout].name, html("small", {}, batch)),
-      html("span", { class: "speed" }, `${whole.format(Math.round(plan.each))} tokens/s and GPU`),
+      html("span", { class: "speed" }, `${whole.format(Math.round(plan.each))} tokens/s and GPU`, ...(data.run.tokens ? [html("small", {}, runOf(plan))] : [])),
       html("span", { class: `verdict ${verdict}` }, verdict === "yes" ? "fits" : verdict === "tight" ? "fits tightly" : "does not fit"), bars);
   });
   const left = data.layouts.filter((_, n) => !plans.some((plan) => plan.layout === n)).map(({ name }) => name);

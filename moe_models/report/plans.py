@@ -46,8 +46,19 @@ DIMENSIONS = {
 split."""
 
 
-def plan_data(request: Request, plans: list[Plan], per_node: int, name: str) -> dict[str, Any]:
-    """Everything that the page shows. ``plans`` are those of ``search``, ``per_node`` the GPUs of a full node."""
+def plan_data(
+    request: Request,
+    plans: list[Plan],
+    per_node: int,
+    name: str,
+    tokens: float | None = None,
+    price: float | None = None,
+) -> dict[str, Any]:
+    """Everything that the page shows.
+
+    ``plans`` are those of ``search``, ``per_node`` the GPUs of a full node, ``tokens`` those of the whole run and
+    ``price`` that of a GPU hour, where they are given.
+    """
     chosen = layouts_of(plans)
     axes: dict[str, list[Any]] = {
         "gpus": gpus_axis(request.gpus, per_node),
@@ -73,6 +84,7 @@ def plan_data(request: Request, plans: list[Plan], per_node: int, name: str) -> 
         "device": request.device.name,
         "measured": [visible(line) for line in request.device.measured],
         "host": request.host_gib,
+        "run": {"tokens": tokens, "price": price},
         "usable": request.device.usable_gib * GIB / MIB,
         "error": MEMORY_ERROR,
         "alike": ALIKE,

@@ -19,9 +19,10 @@ from moe_models.planner.predict import MEMORY_ERROR, predict, verdict_of
 from moe_models.planner.search import OFFLOAD_KEYS, Offload, Request, build, evaluate
 from moe_models.preflight.run import check_run
 from recipes import check
+from tests.planner.test_adapters import RUNS, planned
 from tests.planner.test_step_time import benched_case
 from tests.recipes.test_plan import QWEN3_30B
-from tests.support.layouts import BENCHED, MIXTRAL_8X7B, ROOT
+from tests.support.layouts import BENCHED, MIXTRAL_8X7B, ROOT, work
 from tests.support.tiny import TINY
 
 H200 = read_device("h200")
@@ -51,6 +52,17 @@ def test_no_measured_run_exceeds_a_gpu_that_it_is_said_to_fit(name: str) -> None
             if verdict_of(needed, usable) == "yes":
                 assert had <= usable, (name, usable / GIB)
         assert verdict_of(needed, smallest + 1) == "yes"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_adapter_run_exceeds_a_gpu_that_it_is_said_to_fit(name: str) -> None:
+    """The five runs on one H100, on the smallest GPU that gets a "yes"."""
+    config, layers, recompute, modules, seen = RUNS[name]
+    batch = work(1, accumulation=4, recompute=recompute)
+    prediction = planned(config, layers, batch, modules, None)
+    smallest = prediction.memory.needed * (1 + MEMORY_ERROR)
+    assert (seen + prediction.device.reserved_gib) * GIB <= smallest
+    assert abs(prediction.memory.allocated / GIB / seen - 1) <= MEMORY_ERROR
 
 
 def test_the_margin_is_the_error_that_was_measured() -> None:
@@ -137,16 +149,9 @@ def test_the_presets_that_plan_does_not_try(presets: dict[str, DsConfig]) -> Non
     left = {file for file, ds in presets.items() if planned_twin(ds) is None}
     assert left == {file for file in presets if "native" in file}
     for file in left:
-        case = Case.of(presets[file], Model.of(MIXTRAL_8X7B), 8, check_work(), 8)
+        case = Case.of(presets[file], Model.of(MIXTRAL_8X7B), 8, work(1), 8)
         with pytest.raises(UserError, match="there is no prediction for native layers"):
             predict(case, H200)
-
-
-def check_work() -> Any:
-    """One micro-batch of one sequence."""
-    from tests.support.layouts import work
-
-    return work(1)
 
 
 def test_gradients_of_zero_1_with_accumulation_by_hand() -> None:
@@ -157,7 +162,7 @@ def test_gradients_of_zero_1_with_accumulation_by_hand() -> None:
     """
     model = Model.of(QWEN3_30B)
     ds = build(1, 8, 1, 1, "")
-    case = Case.of(ds, model, 8, replace(check_work(), accumulation=4), 8)
+    case = Case.of(ds, model, 8, replace(work(1), accumulation=4), 8)
     sizes = model.sizes
     here = sizes.dense_params + sizes.expert_params // 8
     assert 2 * here / 1e9 == pytest.approx(10.3, abs=0.05)

@@ -190,6 +190,23 @@ def test_the_list_is_that_of_the_terminal(page: Page, planned: Any) -> None:
 
 
 @pytest.mark.browser
+def test_hours_and_cost_are_those_of_the_terminal(browser: Any, planned: Any, tmp_path: Path) -> None:
+    request, plans, data = planned
+    path = tmp_path / "plan.html"
+    run = {"tokens": 1e9, "price": 2.5}
+    path.write_text(pages.assemble({**data, "run": run}, "Plan", pages.PLAN), encoding="utf-8")
+    opened = Page(browser, path)
+    hours, _, cost = plan.run_cells(plans[0], request, 1e9, 2.5)
+    shown = opened.text("#layouts .speed small")
+    told = re.fullmatch(r"([\d.,]+) hours, ([\d,]+)", shown)
+    assert told is not None
+    assert float(told[1].replace(",", "")) == pytest.approx(float(hours.replace(",", "")), abs=0.11)
+    assert float(told[2].replace(",", "")) == pytest.approx(float(cost.replace(",", "")), rel=0.01)
+    assert "1.00 billion tokens, a GPU hour costs 2.5." in opened.text("#notes")
+    assert opened.told_badly() == []
+
+
+@pytest.mark.browser
 def test_sliders_and_choices(page: Page, planned: Any) -> None:
     _, _, data = planned
     before = page.text("#told")
