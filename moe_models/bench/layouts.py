@@ -173,6 +173,8 @@ def _not_here(ds: DsConfig, kind: str) -> list[str]:
     """What a run can do and this benchmark cannot."""
     if ds.sp_size > 1:
         return ["sequence_parallel_size: not in this benchmark"]
+    if ds.pp_size > 1:
+        return ["pipeline.stages: not in this benchmark"]
     if kind == "bare" and ds.moe != Moe():
         return ["moe: the section is ours; a bare loop cannot read it"]
     return []

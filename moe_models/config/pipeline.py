@@ -14,5 +14,5 @@ class Pipeline(Section):
     the model (``families/stages.py``), and recomputation is ``--gradient_checkpointing``.
     """
 
-    stages: int = Field(ge=1)
+    stages: int = Field(1, ge=1)
     """Stages of the pipeline; it must divide the world size. 1 is off."""

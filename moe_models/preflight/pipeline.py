@@ -49,6 +49,11 @@ def _section_problems(ds: DsConfig, key: str) -> Iterator[str]:
         )
     if ds.precision == "fp16":
         yield f"{key} with fp16: the loss scale is not shared between stages here; use bf16"
+    if ds.value("data_types", "grad_accum_dtype", None) not in (None, "bf16", "auto") and ds.precision != "fp32":
+        yield (
+            f'{key} with data_types.grad_accum_dtype = "{ds.value("data_types", "grad_accum_dtype")}": not tested '
+            "together, DeepSpeed takes another optimizer then; remove the key"
+        )
     if ds.value("compile", "deepcompile") or ds.compiles_around_experts:
         yield f"{key} with compile: DeepSpeed compiles no stages; remove the section"
     device = (ds.zero("offload_optimizer") or {}).get("device", "none")

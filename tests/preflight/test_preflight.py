@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from moe_models.errors import UserError
 from moe_models.families.sizes import known_family
 from moe_models.families.table import FAMILIES
 from moe_models.families.unsupported import UNSUPPORTED
+from moe_models.preflight.pipeline import pipeline_flags
 from moe_models.preflight.run import check_run
 from tests.support.tiny import TINY
 
@@ -234,3 +236,23 @@ def test_deepspeed_refuses_it_too(ds: Any, ep: dict[str, Any], world_size: int, 
     parsed = auto_ep.parse_autoep_config(config.deepspeed["expert_parallel"])
     with pytest.raises(ValueError):
         auto_ep.validate_autoep_config(parsed, world_size, 1, tp, 1, **other)
+
+
+def test_pipeline_flags_and_section(tmp_path: Path) -> None:
+    """Each flag that does not go with stages has a line; without stages none has, and an empty section is off."""
+    given = SimpleNamespace(
+        use_peft=True, use_liger_kernel=True, torch_compile=True, torch_compile_backend=None, torch_compile_mode=None,
+        dataset_streaming=True, neftune_noise_alpha=5.0, activation_offloading=True, chat_template_path="some/model",
+        include_num_input_tokens_seen="all", gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )  # fmt: skip
+    path = tmp_path / "ds.json"
+    for section, count in (({"stages": 2}, 9), ({}, 0), ({"stages": 1}, 0)):
+        path.write_text(json.dumps({"pipeline": section, "zero_optimization": {"stage": 1}}))
+        lines = list(pipeline_flags(given, load_ds_config(path)))
+        assert len(lines) == count
+        assert all("pipeline.stages = 2" in line for line in lines)
+    for wrong, words in (({"stages": 0}, "pipeline.stages = 0"), ({"partition": "best"}, "pipeline.partition")):
+        path.write_text(json.dumps({"pipeline": wrong}))
+        with pytest.raises(UserError, match=words):
+            load_ds_config(path)

@@ -232,7 +232,10 @@ def test_planted_faults_are_seen(
     fault: str, clusters: Clusters, deep: Deep, references: Callable[..., Any], tmp_path: Path
 ) -> None:
     source = deep("mixtral", tie_word_embeddings=True)
-    with pytest.raises(AssertionError, match=r"assert .* < |differs from the trained one|other bits"):
+    message = r"assert .* < |differs from the trained one"
+    if fault == FAULTS[4]:  # DeepSpeed gives the second stage the experts of the first, and the run does not start
+        message = "model.layers.2.mlp: AutoEP made another function of this block"
+    with pytest.raises(AssertionError, match=message):
         check_case(
             clusters(4), references, source, tmp_path, staged(2, 2), 2, run=partial(train_with_fault, fault), timeout=60
         )
