@@ -361,8 +361,8 @@ def _lines(kind: Kind, facts: RunFacts, model_type: str | None) -> list[str]:
             'model = PeftModel.from_pretrained(base, "FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")'
         )
         serve = (
-            "# the whole model, the adapter added to it\n"
-            "moe-recipes export --checkpoint FOLDER --output_dir MERGED --merge\nvllm serve MERGED"
+            "# the whole model, the adapter added to it; in a clone of moe-recipes\n"
+            "./run.sh export --checkpoint FOLDER --output_dir MERGED --merge\nvllm serve MERGED"
         )
         on = f"--model_name_or_path {base} --use_peft true --adapter FOLDER"
     else:
@@ -386,11 +386,11 @@ def _lines(kind: Kind, facts: RunFacts, model_type: str | None) -> list[str]:
         "```bash",
         serve,
         "",
-        "# tasks, or the perplexity of your text",
-        "moe-recipes evaluate --model FOLDER --text heldout.jsonl",
+        "# tasks, or the perplexity of your text; in a clone of moe-recipes",
+        "./run.sh evaluate --model FOLDER --text heldout.jsonl",
         "",
         "# go on training",
-        f"moe-recipes finetune {on} --dataset_name my.jsonl \\",
+        f"./run.sh finetune {on} --dataset_name my.jsonl \\",
         "    --deepspeed ds_configs/zero1_ep8.json --output_dir out/next",
         "```",
     ]
