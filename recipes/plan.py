@@ -514,10 +514,13 @@ def why(plans: list[Plan]) -> str:
 
 def _of_stages(first: Plan, plans: list[Plan]) -> str:
     """On several nodes, where the first is no pipeline: what the best pipeline would pay; else empty."""
-    staged = [plan for plan in plans if plan.verdict == first.verdict and plan.case.ds.pp_size > 1]
+    staged = [plan for plan in plans if plan.fits and plan.case.ds.pp_size > 1]
     if first.case.ds.pp_size > 1 or not staged:
         return ""
-    best = max(staged, key=lambda plan: plan.prediction.tokens_per_s)
+    as_sure = [plan for plan in staged if plan.verdict == first.verdict]
+    best = max(as_sure or staged, key=lambda plan: plan.prediction.tokens_per_s)
+    if _faster(first, best) <= 0:  # it fits tightly, which is told elsewhere
+        return ""
     ours = first.prediction.time
     theirs = best.prediction.time
     idle = bubble(best.case.ds.pp_size, best.case.work.accumulation)

@@ -21,6 +21,7 @@ from moe_models.config.ds_config import load_ds_config
 from moe_models.errors import run as run_recipe
 from moe_models.families.model import Model
 from moe_models.planner.devices import read_device
+from moe_models.planner.figures import ways_of
 from moe_models.preflight.run import check_run
 from recipes import check
 from tests.support.cluster import free_port
@@ -231,7 +232,9 @@ def test_what_a_rank_sends(run: Any) -> None:
     """ZeRO-3 without experts spread exchanges nothing, and gathers every weight for each pass."""
     plans = plan_search.search(REQUEST)
     plain = next(p for p in plans if p.name == "ZeRO-3")
-    exchanged, reduced, gathered, across = (float(cell.replace(",", "")) for cell in plan.wire_cells(plain))
+    ways = ways_of([plain.case])
+    assert ways == ["exchanged", "reduced", "gathered"]
+    exchanged, reduced, gathered, across = (float(cell.replace(",", "")) for cell in plan.wire_cells(plain, ways))
     assert exchanged == across == 0
     assert gathered > 2 * 2 * 46 * 7 / 8
     assert reduced > 2 * 46 * 7 / 8
@@ -477,7 +480,9 @@ def test_stages_on_several_nodes() -> None:
     assert memory.parameters + memory.gradients + memory.optimizer == pytest.approx(states, rel=0.25)
     text = plan.why(plans)
     if plans[0].case.ds.pp_size == 1:
-        assert "The best pipeline, ZeRO-1 PP 8 EP 8, takes" in text
+        # The one above fits tightly; it is compared with what fits as surely as the first.
+        assert (staged.verdict, plans[0].verdict) == ("tight", "yes")
+        assert re.search(r"The best pipeline, ZeRO-1 PP \d EP \d offload, takes \d+% longer: its stages wait ", text)
     # 32 micro-batches and 8 stages: 7 of 39 turns.
     turn = (staged.prediction.time.compute + staged.prediction.time.all_to_all) / 32
     assert staged.prediction.time.stages == pytest.approx(7 * turn, rel=0.3)
