@@ -80,7 +80,10 @@ FLAG_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     # name: (flags, the beginning of every line)
     "unknown flag": ({"learning_rat": 1}, ["--learning_rat: no such flag; see --help"]),
     "abbreviation": ({"model_name": "x"}, ["--model_name: no such flag; see --help"]),
-    "YAML beside the JSON": ({"config": "x.yaml"}, ["--config: no such flag; see --help"]),
+    "no YAML file": (
+        {"config": "x.yaml"},
+        ["--config x.yaml: no such file; give a YAML file with one `flag: value` on each line"],
+    ),
     "bad choice": ({"lr_scheduler_type": "nope"}, ["--lr_scheduler_type: invalid choice: 'nope' (choose from "]),
     "bad number": ({"max_steps": "many"}, ["--max_steps: invalid int value: 'many'"]),
     "several bad values": (
