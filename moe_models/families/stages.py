@@ -20,6 +20,9 @@ from typing import Any
 from moe_models.families.sizes import ModelSizes, known_family, sizes_of
 from moe_models.families.table import is_moe_layer
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -74,11 +77,13 @@ def stage_bounds(config: Mapping[str, Any], stages: int) -> tuple[int, ...]:
 
 def layer_costs(sizes: ModelSizes, moe: Sequence[bool]) -> list[int]:
     """Weights that one token passes in each decoder layer; the embedding is in the first, the head in the last."""
+    # 1. The experts that one token is sent to, and all else in a layer.
     costs = [sizes.top_k * sizes.expert_size * has_experts for has_experts in moe]
     for name, shape in sizes.dense:
-        parts = name.split(".")
-        if parts[:2] == ["model", "layers"]:
-            costs[int(parts[2])] += prod(shape)
+        layer = layer_of(name)
+        if layer is not None:
+            costs[layer] += prod(shape)
+    # 2. One row of the embedding, and the whole head.
     costs[0] += sizes.hidden
     costs[-1] += sizes.head_params
     return costs
@@ -91,46 +96,89 @@ def cheapest_cut(costs: tuple[int, ...], moe: tuple[bool, ...], stages: int) -> 
     Among equals that with the smallest sum of squares, so that the other stages are even too. Raises ValueError if
     there are fewer MoE layers than stages.
     """
+    # 1. Costs and MoE layers before each layer, so that those of a run are a difference.
     L = len(costs)
     cost_before = list(accumulate(costs, initial=0))
     moe_before = list(accumulate(moe, initial=0))
 
-    # best[l]: of the first l layers in the stages so far, ((costliest, sum of squares), bounds).
-    best: dict[int, tuple[tuple[int, int], tuple[int, ...]]] = {0: ((0, 0), (0,))}
+    # 2. One stage more in each turn. best[l] is the best cut of the first l layers into the stages so far.
+    best = {0: _Cut(costliest=0, squares=0, bounds=(0,))}
     for _ in range(stages):
-        longer: dict[int, tuple[tuple[int, int], tuple[int, ...]]] = {}
-        for start, ((costliest, squares), bounds) in best.items():
+        longer: dict[int, _Cut] = {}
+        for start, cut in best.items():
             for stop in range(start + 1, L + 1):
+                # A stage without experts is none.
                 if moe_before[stop] == moe_before[start]:
                     continue
-                cost = cost_before[stop] - cost_before[start]
-                candidate = ((max(costliest, cost), squares + cost**2), (*bounds, stop))
-                if stop not in longer or candidate < longer[stop]:
-                    longer[stop] = candidate
+                candidate = cut.with_stage(cost_before[stop] - cost_before[start], stop)
+                longer[stop] = min(candidate, longer.get(stop, candidate))
         best = longer
+
+    # 3. That of all layers.
     if L not in best:
         raise ValueError(f"{sum(moe)} MoE layers do not make {stages} stages with one each")
-    return best[L][1]
+    return best[L].bounds
+
+
+@dataclass(frozen=True, order=True)
+class _Cut:
+    """Stages of the first layers; the smaller one is better."""
+
+    costliest: int
+    squares: int
+    """Sum of the squares of the stages' costs."""
+    bounds: tuple[int, ...]
+
+    def with_stage(self, cost: int, stop: int) -> _Cut:
+        """One stage more, up to layer ``stop``."""
+        return _Cut(max(self.costliest, cost), self.squares + cost**2, (*self.bounds, stop))
 
 
 def stage_sizes(sizes: ModelSizes, moe: Sequence[bool], stage: Stage) -> ModelSizes:
     """The sizes of one stage, as if it were a model. A tied weight is in the first and in the last one."""
+    # 1. Its tensors: those of its layers, and what stands before the first and after the last layer.
     dense = []
+    attending = set()
     for name, shape in sizes.dense:
-        parts = name.split(".")
-        in_a_layer = parts[:2] == ["model", "layers"]
-        if in_a_layer:
-            held = int(parts[2]) in stage.layers
-        elif name == "model.embed_tokens.weight":
+        layer = layer_of(name)
+        if layer is not None:
+            held = layer in stage.layers
+        elif name == EMBEDDING:
             held = stage.first
         else:
             held = stage.last
-        if held:
-            dense.append((name, shape))
+        if not held:
+            continue
+        dense.append((name, shape))
+        if ".self_attn." in name:
+            attending.add(layer)
     if stage.last and sizes.tied and not stage.first:
-        dense.append(("lm_head.weight", (sizes.vocabulary, sizes.hidden)))
-    moe_layers = sum(moe[layer] for layer in stage.layers)
-    return replace(sizes, layers=len(stage.layers), moe_layers=moe_layers, dense=tuple(dense), has_head=stage.last)
+        dense.append((HEAD, (sizes.vocabulary, sizes.hidden)))
+
+    # 2. Its layers with attention. The others have a state each, as large in every layer.
+    others = len(stage.layers) - len(attending)
+    others_in_all = sizes.layers - sizes.attention_layers
+    linear_states = 0
+    if others_in_all:
+        linear_states = sizes.linear_states // others_in_all * others
+
+    return replace(
+        sizes,
+        layers=len(stage.layers),
+        attention_layers=len(attending),
+        linear_states=linear_states,
+        moe_layers=sum(moe[layer] for layer in stage.layers),
+        dense=tuple(dense),
+        has_head=stage.last,
+    )
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer of a tensor by its module name; None for embedding, last norm and head."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"]:
+        return int(parts[2])
+    return None
 
 
 def stage_shares(config: Mapping[str, Any], stages: int) -> list[float]:

@@ -18,6 +18,7 @@ from functools import lru_cache
 from moe_models.config.layout import Layout
 from moe_models.families.sizes import ModelSizes
 from moe_models.families.stages import Stage, stage_bounds, stage_sizes
+from moe_models.families.table import is_moe_layer
 from moe_models.planner.case import Case
 from moe_models.planner.devices import Device
 from moe_models.planner.step_time import StepTime, step_time
@@ -62,7 +63,8 @@ def _stage_case(case: Case, index: int) -> Case:
 def _parts(case: Case) -> tuple[ModelSizes, ...]:
     """The sizes of each stage."""
     bounds = stage_bounds(case.model.config, case.layout.pp)
-    moe = tuple(case.model.family.moe_layers(case.model.config, layer) for layer in range(case.model.sizes.layers))
+    layers = range(case.model.sizes.layers)
+    moe = tuple(is_moe_layer(case.model.family, case.model.config, layer) for layer in layers)
     return _cut(case.model.sizes, moe, bounds)
 
 

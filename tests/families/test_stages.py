@@ -8,8 +8,18 @@ from typing import Any
 import pytest
 
 from moe_models.errors import UserError
+from moe_models.families.flops import train_flops
 from moe_models.families.sizes import model_sizes
-from moe_models.families.stages import Stage, cheapest_cut, layer_costs, stage_bounds, stage_of, stage_shares
+from moe_models.families.stages import (
+    Stage,
+    cheapest_cut,
+    layer_costs,
+    stage_bounds,
+    stage_of,
+    stage_shares,
+    stage_sizes,
+)
+from moe_models.families.table import FAMILIES, is_moe_layer
 from tests.support.tiny import TINY
 
 QWEN3_235B: dict[str, Any] = {
@@ -69,6 +79,22 @@ def test_stages_are_runs_of_ranks() -> None:
     assert [list(stage.layers) for stage in found] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [(stage.first, stage.last) for stage in found] == [(True, False)] * 2 + [(False, True)] * 2
     assert Stage(index=0, bounds=(0, 4)).count == 1
+
+
+@pytest.mark.parametrize("model_type", sorted(set(TINY) - {"prmoe"}))
+def test_stages_together_are_the_model(model_type: str) -> None:
+    """Each product, each parameter, each layer with attention and each state of linear attention is in one stage."""
+    config = {"model_type": model_type, **TINY[model_type], "num_hidden_layers": 4, "tie_word_embeddings": False}
+    for key in ("layer_types", "mlp_layer_types"):
+        if key in config:
+            config[key] = (list(config[key]) * 4)[:4]
+    whole = model_sizes(config)
+    moe = [is_moe_layer(FAMILIES[model_type], config, layer) for layer in range(4)]
+    bounds = stage_bounds(config, 2)
+    parts = [stage_sizes(whole, moe, Stage(index=index, bounds=bounds)) for index in range(2)]
+    assert sum(sum(train_flops(part, 4096)) for part in parts) == pytest.approx(sum(train_flops(whole, 4096)))
+    for name in ("layers", "attention_layers", "linear_states", "moe_layers", "dense_params", "expert_params"):
+        assert sum(getattr(part, name) for part in parts) == getattr(whole, name), name
 
 
 def test_a_dense_model_has_no_cut_here() -> None:

@@ -13,12 +13,8 @@ from typing import Any
 from torch import nn
 
 from moe_models.engine.blocks import hf_model
-from moe_models.families.stages import Stage
+from moe_models.families.stages import EMBEDDING, HEAD, Stage
 from moe_models.families.table import FAMILIES
-
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
-"""What a tied head shares its weight with."""
 
 
 class Elsewhere(nn.Module):

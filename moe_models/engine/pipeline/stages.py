@@ -21,8 +21,8 @@ import torch
 from deepspeed import comm
 from deepspeed.pipe import PipelineModule
 
-from moe_models.engine.pipeline.cut import EMBEDDING, HEAD, keep_stage, tied_names
-from moe_models.families.stages import Stage
+from moe_models.engine.pipeline.cut import keep_stage, tied_names
+from moe_models.families.stages import EMBEDDING, HEAD, Stage
 
 Batch = Mapping[str, Any]
 """A micro-batch as the data loader gives it."""
