@@ -203,7 +203,8 @@ def tasks_of(arguments: argparse.Namespace, subject: Subject) -> Iterator[list[A
         try:
             task_manager(arguments).load(tasks)
         except Exception as error:  # those of datasets, of the hub and of lm-eval
-            raise UserError(f"--tasks {arguments.tasks}: cannot be loaded: {one_line(error)[:300]}") from error
+            asked = f"--tasks {arguments.tasks}" if arguments.tasks else f"--text {arguments.text}"
+            raise UserError(f"{asked}: cannot be loaded: {one_line(error)[:300]}") from error
         yield tasks
 
 
@@ -305,6 +306,7 @@ def quieten() -> None:
 
 def evaluate(subject: Subject, tasks: list[Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """lm-eval's answer for one model. Raises UserError if model or data cannot be read."""
+    import torch
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
@@ -336,7 +338,11 @@ def evaluate(subject: Subject, tasks: list[Any], arguments: argparse.Namespace) 
             apply_chat_template=arguments.apply_chat_template,
             task_manager=task_manager(arguments),
         )
-    except (OSError, ValueError, ConnectionError) as error:  # data that the hub does not give, above all
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{subject}: the GPUs' memory is too small: {one_line(error)[:200]}; lower --batch_size or --max_length"
+        ) from error
+    except (OSError, ValueError) as error:  # data that the hub does not give, above all
         raise UserError(f"{subject}: cannot be evaluated: {one_line(error)[:300]}") from error
     del model
     gc.collect()

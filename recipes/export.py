@@ -196,7 +196,15 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, max_shard_size: str, s
         config = AutoConfig.from_pretrained(checkpoint)
     except Exception as error:  # transformers raises many kinds for values that it cannot use
         raise UserError(f"{checkpoint}: its config.json cannot be used: {one_line(error)}") from error
-    origin = read_origin(folder, family, config) if folder is not None else None
+    origin = None
+    if folder is not None:
+        try:
+            origin = read_origin(folder, family, config)
+        except Exception as error:  # of a damaged folder, in the words of transformers and safetensors
+            raise UserError(
+                f"{folder}: the model that training started from cannot be read: {one_line(error)}; repair it, or give "
+                "--source none: the export is then not compared with it"
+            ) from error
     comparisons = []
 
     # 3. Write, with a model card. A selection bias that the architecture has no place for goes into a file of its own.

@@ -283,7 +283,7 @@ def run_facts(script: Any, args: Any, model_args: Any, ds: Any) -> Any:
     """What the model card says of this run before it has measured anything: a RunFacts."""
     from moe_models.checkpoint.card import RunFacts, facts_of_base, facts_of_data, versions
 
-    replicas = world_size() // (ds.tp_size * ds.sp_size)
+    replicas = ds.layout(world_size()).dp_size
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * replicas
     settings = {
         "sequences per step": str(sequences),

@@ -44,6 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         gpu = item.get_closest_marker("gpu")
         fits = gpu is None or torch.cuda.device_count() >= gpu.args[0]
         fits = fits and bool(browser or item.get_closest_marker("browser") is None)
+        fits = fits and (item.get_closest_marker("lm_eval") is None or find_spec("lm_eval") is not None)
         daily = item.get_closest_marker("conformance") is None or item.get_closest_marker("daily") is not None
         fits = fits and (wanted or daily)
         fits = fits and (item.get_closest_marker("netns") is None or namespaces_permitted())

@@ -87,16 +87,18 @@ def facts_of_base(name: str | None, revision: str | None = None) -> dict[str, An
     is_folder = folder.is_dir()
     metadata = metadata_of(_card_of(name, revision, is_folder=is_folder))
     base_model = name if not is_folder and HUB_ID.fullmatch(name) else _hub_id(metadata.get("base_model"))
-    licence = {}
-    for key in ("license", "license_name", "license_link"):
-        if isinstance(metadata.get(key), str):
-            licence[key] = metadata[key]
     return {
         "base_model": base_model,
         "base_name": folder.absolute().name if is_folder else name,
         "revision": None if revision in (None, "main") else revision,
-        "licence": licence,
+        "licence": _licence(metadata),
     }
+
+
+def _licence(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What a card's metadata say of the licence."""
+    keys = ("license", "license_name", "license_link")
+    return {key: metadata[key] for key in keys if isinstance(metadata.get(key), str)}
 
 
 def _card_of(name: str, revision: str | None, *, is_folder: bool) -> Path | None:
@@ -173,8 +175,7 @@ def read_facts(folder: Path) -> RunFacts:
     listed = metadata.get("datasets") or []
     datasets = tuple(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else ()
     base = _hub_id(metadata.get("base_model"))
-    licence = {key: str(metadata[key]) for key in ("license", "license_name", "license_link") if metadata.get(key)}
-    return RunFacts(base_model=base, base_name=base, licence=licence, datasets=datasets, data=datasets)
+    return RunFacts(base_model=base, base_name=base, licence=_licence(metadata), datasets=datasets, data=datasets)
 
 
 def measured(history: Iterable[Mapping[str, Any]], steps: int | None, proof: Any = None) -> Measured:

@@ -23,7 +23,6 @@ def upload(
         RunError: if the hub refuses or cannot be reached; the folder stays as it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi(token=token)
     try:
@@ -33,7 +32,7 @@ def upload(
         commit = api.upload_folder(
             repo_id=name, folder_path=folder, revision=revision, commit_message="Upload by moe-recipes"
         )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the hub's, those of names, and what its HTTP client raises without a network
         raise RunError(
             f"{folder}: is whole, but was not uploaded to {repository}: {one_line(error)[:300]}; try again with: "
             f"hf upload {repository} {folder}"

@@ -91,13 +91,13 @@ def any_layout(family: Family, before_loading: Callable[[Any], None] | None = No
     load_own = trainer.deepspeed_load_checkpoint
 
     def load(engine: Any, checkpoint: str, **options: Any) -> None:
-        if before_loading is not None:
-            before_loading(engine)
         saved = saved_layout(checkpoint)
         require_readable(Path(checkpoint), family, saved)
         here = describe_engine(engine)
         adapters = here.get(ADAPTERS)
         Problems(adapter_resume_problems(checkpoint, saved, adapters)).refuse()
+        if before_loading is not None:
+            before_loading(engine)
         if adapters is not None and saved == here:
             with reads_with(engine, load_states), checkpoints_of_trained_tensors(engine):
                 load_own(engine, checkpoint, **options)

@@ -172,6 +172,22 @@ def test_every_tensor_of_the_source_is_in_the_export(clusters: Callable[[int], C
     assert roundtrip.apart_from_measured(offline) == roundtrip.apart_from_measured(live)
 
 
+def test_what_a_library_raises_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On rank 0, while the others wait for what it found; the next line would be theirs."""
+    from moe_models.checkpoint import origin
+
+    def broken(*_: Any) -> None:
+        raise TypeError("a library's own words")
+
+    monkeypatch.setattr(origin, "read_origin", broken)
+    save_tiny(tmp_path, "mixtral")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert origin.shared_origin(str(tmp_path), None, FAMILIES["mixtral"], config) is None
+    assert "will not be compared with it" in capsys.readouterr().err
+
+
 def test_a_source_that_is_gone_is_asked_for(tmp_path: Path) -> None:
     from moe_models.errors import UserError
     from recipes.export import started_from

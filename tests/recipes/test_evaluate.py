@@ -20,8 +20,6 @@ sys.path.insert(0, str(ROOT / "recipes"))  # as python does for a script
 
 import evaluate
 
-needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed (./run.sh evaluate)")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -128,7 +126,7 @@ def bits_per_byte(model_folder: Path, adapter: Path | None, rows: list[dict[str,
     return nats / math.log(2) / sum(len(row["text"].encode()) for row in rows)
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 @pytest.mark.conformance
 def test_perplexity_of_text_is_that_of_a_plain_loop(folder: Path, tmp_path: Path) -> None:
     """Before and after, of a model and of an adapter. Tolerance: another order of summation in fp32."""
@@ -158,7 +156,7 @@ def test_perplexity_of_text_is_that_of_a_plain_loop(folder: Path, tmp_path: Path
         assert "fatal" not in done.stderr
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 @pytest.mark.conformance
 def test_a_task_in_yaml_runs_offline(folder: Path, tmp_path: Path) -> None:
     """The model must prefer w5 to w6 after a prompt as often as plain transformers says."""
@@ -189,7 +187,7 @@ def test_a_task_in_yaml_runs_offline(folder: Path, tmp_path: Path) -> None:
     assert (row["task"], row["metric"], row["after"], row["before"]) == ("mine", "acc", right / 8, None)
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 @pytest.mark.conformance
 def test_unknown_and_unreachable_tasks_get_one_line(folder: Path) -> None:
     for task, words in (("no_such", "lm-eval has no such task"), ("arc_easy", "cannot be loaded: Couldn't reach")):

@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_gets_one_line(run_dirs: list[Path], tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("wrong", ["dense model", "hf folder", "unusable config", "read-only place"])
+@pytest.mark.parametrize("wrong", ["dense model", "hf folder", "unusable config", "read-only place", "damaged source"])
 def test_wrong_input_gets_one_line(
     wrong: str,
     run_dirs: list[Path],
@@ -113,13 +113,19 @@ def test_wrong_input_gets_one_line(
     (checkpoint / "config.json").write_text(json.dumps(config))
     if wrong == "read-only place":
         out = Path("/proc/self/hf")
+    source = []
+    if wrong == "damaged source":
+        source = ["--source", str(shutil.copytree(run_dirs[0] / "model", tmp_path.parent / f"{tmp_path.name}-source"))]
+        weights = Path(source[1]) / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
     words = {
+        "damaged source": "the model that training started from cannot be read: ",
         "dense model": "model_type 'llama' is not one of deepseek_v2, ",
         "hf folder": "not a DeepSpeed checkpoint (no file named latest)",
         "unusable config": "config.json cannot be used",
         "read-only place": "cannot be exported: ",
     }[wrong]
-    monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint", str(checkpoint), "--output_dir", str(out)])
+    monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint", str(checkpoint), "--output_dir", str(out), *source])
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         run(export_main)

@@ -61,6 +61,18 @@ def test_a_folder_goes_up_whole(tmp_path: Path) -> None:
     assert "hf_secret" not in done.stderr
 
 
+def test_a_hub_that_is_not_there_gets_one_line(tmp_path: Path) -> None:
+    """Its HTTP client has exceptions of its own for that."""
+    folder = save_model(tmp_path / "model")
+    with hub() as stand_in:
+        pass
+    done = upload(stand_in, folder, "org/mine")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {folder}: is whole, but was not uploaded to org/mine: ")
+    assert line.endswith(f"try again with: hf upload org/mine {folder}")
+
+
 @pytest.mark.conformance
 def test_a_run_uploads_what_it_proved(tmp_path: Path) -> None:
     model, data = save_model(tmp_path / "model"), write_jsonl(tmp_path / "data.jsonl", text_rows(16))
