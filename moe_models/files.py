@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moe_models.errors import UserError, show
+from moe_models.disk import full_line, is_full
+from moe_models.errors import UserError, show, warn
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -140,6 +141,29 @@ def append(path: Path, text: str) -> None:
         if path.exists():
             os.truncate(path, before)
         raise
+
+
+class RunLog:
+    """A file of a run that lines are added to. A full disk is one warning: the other ranks do not write, and go on.
+
+    Args:
+        what: what is missing then, for the warning: "the load of the experts is not logged".
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._warned = False
+
+    def add(self, path: Path, text: str) -> None:
+        """Add text, whole or not at all. Raises OSError for anything but a full disk."""
+        try:
+            append(path, text)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if not self._warned:
+                warn([f"{full_line(path)}; until then {self._what}"])
+            self._warned = True
 
 
 def write(path: Path, text: str) -> None:

@@ -14,9 +14,7 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from moe_models.disk import full_line, is_full
-from moe_models.errors import warn
-from moe_models.files import append
+from moe_models.files import RunLog
 from moe_models.meter import StepClock, peak_memory_of_this_process
 
 LOG_FILE = "log.jsonl"
@@ -36,7 +34,7 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
     def __init__(self, clock: StepClock) -> None:
         self._clock = clock
         self._shown_steps = 0
-        self._warned_of_the_disk = False
+        self._file = RunLog("the figures of the steps are not logged")
         self._begun = time.monotonic()
 
     def figures(self, logs: Mapping[str, Any], state: Any) -> dict[str, float]:
@@ -74,18 +72,7 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
             print(line, flush=True)
         seconds = round(time.monotonic() - self._begun, 3)
         row = {"step": state.global_step, "seconds": seconds, **logs}
-        self._append(Path(args.output_dir) / LOG_FILE, json.dumps(row, default=str) + "\n")
-
-    def _append(self, path: Path, text: str) -> None:
-        """Add a line. A full disk is a warning: the other ranks do not write, and would go on."""
-        try:
-            append(path, text)
-        except OSError as error:
-            if not is_full(error):
-                raise
-            if not self._warned_of_the_disk:
-                warn([f"{full_line(path)}; until then the figures of the steps are not logged"])
-            self._warned_of_the_disk = True
+        self._file.add(Path(args.output_dir) / LOG_FILE, json.dumps(row, default=str) + "\n")
 
 
 def step_line(logs: Mapping[str, Any], step: int, steps: int) -> str | None:

@@ -15,12 +15,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from moe_models.config.moe_section import Balance
-from moe_models.disk import full_line, is_full
 from moe_models.engine.blocks import find_blocks
-from moe_models.errors import warn
 from moe_models.families.stages import Stage
 from moe_models.families.table import Family, moe_blocks
-from moe_models.files import append
+from moe_models.files import RunLog
 from moe_models.routing.bias import SelectionBias
 from moe_models.routing.load import LoadStats, overall
 from moe_models.routing.losses import AuxLoss
@@ -55,7 +53,7 @@ class Routing(TrainerCallback):
         self._peers: Any = None
         self._logged: dict[str, torch.Tensor] = {}
         self._micro_batches = 0
-        self._warned_of_the_disk = False
+        self._file = RunLog("the load of the experts is not logged")
         self._counted_by: Any = None
         self.stats: LoadStats | None = None
         self.aux: AuxLoss | None = None
@@ -160,17 +158,6 @@ class Routing(TrainerCallback):
         if self.stats is not None:
             self.stats.reset(training=False)
 
-    def _append(self, path: Path, line: str) -> None:
-        """Add a line, whole or not at all. A full disk is a warning: the other ranks do not write, and would go on."""
-        try:
-            append(path, line)
-        except OSError as error:
-            if not is_full(error):
-                raise
-            if not self._warned_of_the_disk:
-                warn([f"{full_line(path)}; until then the load of the experts is not logged"])
-            self._warned_of_the_disk = True
-
     def figures(self, logs: Mapping[str, Any], step: int, output_dir: str) -> dict[str, float]:
         """What to add to the Trainer's ``logs``; collective. Rank 0 appends the layers to ``expert_load.jsonl``."""
         training = "loss" in logs
@@ -194,7 +181,7 @@ class Routing(TrainerCallback):
         # 2. Every layer goes to the file.
         if not dist.is_initialized() or dist.get_rank() == 0:
             row = {"step": step, "split": "train" if training else "eval", "layers": [asdict(x) for x in layers]}
-            self._append(Path(output_dir) / LOAD_FILE, json.dumps(row) + "\n")
+            self._file.add(Path(output_dir) / LOAD_FILE, json.dumps(row) + "\n")
 
         # 3. Their summary goes to the log, in evaluation under its prefix.
         if training:

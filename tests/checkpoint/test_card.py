@@ -35,6 +35,31 @@ FACTS = RunFacts(
     licence={"license": "apache-2.0"}, datasets=("org/data",), data=("org/data", "my.jsonl"),
     layout="8 ranks: EP 8", settings={"seed": "42"}, versions={"torch": "2.13.0", "peft": "0.21.2", "datasets": "5"},
 )  # fmt: skip
+
+
+def test_sequences_of_a_step_are_those_of_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that share rows, stages among them, are one replica."""
+    import sys
+    from types import SimpleNamespace
+
+    from tests.support.layouts import from_raw
+    from tests.support.recipe import ROOT
+
+    monkeypatch.setattr(sys, "path", [str(ROOT / "recipes"), *sys.path])
+    import finetune
+
+    monkeypatch.setattr(finetune, "world_size", lambda: 8)
+    args = SimpleNamespace(
+        per_device_train_batch_size=3, gradient_accumulation_steps=2, max_length=64, learning_rate=1e-3, seed=0,
+        lr_scheduler_type="linear", bf16=True, fp16=False, packing=False, assistant_only_loss=False,
+    )  # fmt: skip
+    model_args = SimpleNamespace(model_name_or_path=None, model_revision=None, use_peft=False)
+    for degrees, replicas in (({}, 8), ({"pp_size": 2}, 4), ({"sp_size": 4}, 2)):
+        ds = dataclasses.replace(from_raw({"zero_optimization": {"stage": 1}}), **degrees)
+        facts = finetune.run_facts(SimpleNamespace(dataset_name=None), args, model_args, ds)
+        assert facts.settings["sequences per step"] == str(replicas * 6), degrees
+
+
 HISTORY: list[dict[str, Any]] = [
     {"step": 0, "eval_loss": 3.5}, {"step": 1, "loss": 3.25}, {"step": 9, "loss": 2.5}, {"step": 9, "eval_loss": 2.75},
 ]  # fmt: skip

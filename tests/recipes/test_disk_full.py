@@ -333,25 +333,24 @@ def test_the_cache_of_the_data(inputs: Path, kib: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.tmpfs
-def test_the_log_of_the_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It alone does not end a run: a warning, no half line, and it goes on where there is room again."""
-    from moe_models.routing.callback import Routing
+    from moe_models.files import RunLog
     from tests.support.stops.sitecustomize import fill
 
-    routing = object.__new__(Routing)
-    routing._warned_of_the_disk = False
+    lines = RunLog("the load of the experts is not logged")
     with small_disk(tmp_path / "disk", 64) as small:
         file = small / "expert_load.jsonl"
-        routing._append(file, "first\n")
+        lines.add(file, "first\n")
         fill(str(small))
         for _ in range(2):
-            routing._append(file, "x" * 10_000 + "\n")
+            lines.add(file, "x" * 10_000 + "\n")
         assert file.read_text() == "first\n"
         said = capsys.readouterr().err
         assert said.count("warning: ") == 1
         assert f"{file}: {disk.FULL}: " in said
         (small / FILLER).unlink()
-        routing._append(file, "last\n")
+        lines.add(file, "last\n")
         assert file.read_text() == "first\nlast\n"
 
 
